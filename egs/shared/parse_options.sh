@@ -1,0 +1,94 @@
+# shellcheck shell=bash disable=SC2034,SC2154  # the recipe reads these variables and sets recipe and last_stage
+# Command-line options of a recipe's run.sh. Source it, then call: parse_options "$@"
+#
+# The recipe defines `recipe` (its folder) and `last_stage` before, and a function `usage` that says what it does and
+# gives examples. Variables set here: stage stop_stage mode nproc conf exp corpus force python, all documented below.
+# A recipe with options of its own lists them in the array `recipe_options`, as names of variables it has set already.
+
+stage=1 stop_stage="" mode=full nproc=1 conf="" exp="" corpus="" force="" python=""
+recipe_options=("${recipe_options[@]}")
+
+die() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 2
+}
+
+shared_options_help() {
+  cat <<HELP
+Options:
+  --stage N        first stage to run (default: 1)
+  --stop-stage N   last stage to run (default: $last_stage)
+  --mode MODE      short or full (default: full)
+  --nproc N        processes that train and label together (default: 1)
+  --conf FILE      configuration instead of conf/MODE.yaml
+  --exp DIR        where everything of this run goes (default: exp/MODE beside run.sh)
+  --corpus PATH    the corpus where it is already; nothing is fetched then
+  --force          run the selected stages again even when they are finished
+  --python PATH    this Python as it is, instead of the environment that tools/setup.sh makes
+  --help           this text
+A finished stage is skipped with a reason. The output of stage N is kept in DIR/logs, its marker in DIR/stages.
+HELP
+}
+
+is_whole_number() { [[ "$1" =~ ^[0-9]+$ ]]; }
+
+is_recipe_option() { # NAME
+  local known
+  for known in "${recipe_options[@]}"; do
+    if [ "$known" = "$1" ]; then return 0; fi
+  done
+  return 1
+}
+
+set_option() { # NAME VALUE, the name as it stands on the command line
+  local variable="${1//-/_}"
+  case "$1" in
+    stage | stop-stage | mode | nproc | conf | exp | corpus | python) printf -v "$variable" '%s' "$2" ;;
+    *)
+      is_recipe_option "$variable" || die "unknown option --$1; --help lists the known ones"
+      printf -v "$variable" '%s' "$2"
+      ;;
+  esac
+}
+
+check_options() {
+  stop_stage="${stop_stage:-$last_stage}"
+  is_whole_number "$stage" || die "--stage must be a whole number, got '$stage'"
+  is_whole_number "$stop_stage" || die "--stop-stage must be a whole number, got '$stop_stage'"
+  if [ "$stage" -lt 1 ] || [ "$stage" -gt "$last_stage" ]; then
+    die "--stage must be between 1 and $last_stage, got $stage"
+  fi
+  if [ "$stop_stage" -lt "$stage" ]; then die "--stop-stage must not be before --stage $stage, got $stop_stage"; fi
+  if ! is_whole_number "$nproc" || [ "$nproc" -lt 1 ]; then die "--nproc must be 1 or more, got '$nproc'"; fi
+  case "$mode" in
+    short | full) ;;
+    *) die "--mode must be short or full, got '$mode'" ;;
+  esac
+  conf="$(realpath -m "${conf:-$recipe/conf/$mode.yaml}")"
+  [ -f "$conf" ] || die "--conf must be a file, found none at $conf"
+  exp="$(realpath -m "${exp:-$recipe/exp/$mode}")"
+  if [ -n "$corpus" ]; then
+    [ -e "$corpus" ] || die "--corpus must be a folder or a file, found none at $corpus"
+    corpus="$(realpath "$corpus")"
+  fi
+}
+
+parse_options() {
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --help | -h) usage; shared_options_help; exit 0 ;;
+      --force) force=1; shift ;;
+      --*=*) set_option "$(cut -d= -f1 <<< "${1#--}")" "${1#*=}"; shift ;;
+      --*)
+        if [ $# -lt 2 ]; then
+          set_option "${1#--}" ""
+          die "$1 needs a value; see --help"
+        fi
+        set_option "${1#--}" "$2"
+        shift 2
+        ;;
+      *) die "options start with --, got '$1'; see --help" ;;
+    esac
+  done
+  check_options
+}

@@ -1,0 +1,60 @@
+"""`harken VERB ...`: finds the verb's file and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from harken import __version__
+from harken.core.errors import HarkenError
+
+# one line a verb here, so that `harken --help` imports none of them
+VERBS = {
+    "train": "pretrain, fine-tune or distil: the configuration decides",
+    "config": "print a resolved configuration and where each value came from",
+    "data": "scan, index, verify and describe manifests; make tokenizers",
+    "units": "fit clusterers, label audio, check labels",
+    "decode": "turn audio into text with a CTC model",
+    "score": "word and character error rates of a hypothesis file",
+    "average": "average the weights of checkpoints",
+    "import": "read another toolkit's checkpoint into a harken model",
+    "report": "write one HTML page about an experiment",
+    "doctor": "versions, devices, what is missing and how to install it",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; a HarkenError is printed without a traceback and gives exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="harken",
+        description="Pretrain and fine-tune speech and audio encoders.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="verbs:\n" + "\n".join(f"  {name:10}{text}" for name, text in VERBS.items()) + "\n\nexample:\n  harken train hubert_base --exp exp/base data.train=train.jsonl",
+    )
+    parser.add_argument("--version", action="version", version=f"harken {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do; `harken VERB --help` tells more")
+    if not arguments:
+        parser.print_help()
+        return 0
+    verb = parser.parse_args(arguments[:1]).verb
+    return _run(verb, arguments[1:])
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f"harken.apps.{verb}" if verb != "import" else "harken.apps.import_")
+    parser = argparse.ArgumentParser(
+        prog=f"harken {verb}", description=module.HELP, epilog=f"example:\n  {module.EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(arguments)))
+    except HarkenError as error:
+        print(f"harken {verb}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What the loader gives and an objective takes: a batch of ragged sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that happened to a cut: `kind` is `replaced` (it could not be read) or `left out` (it cannot be learned)."""
+
+    kind: str
+    cut: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A padded batch.
+
+    ids: one cut id for each row.
+    inputs: `(B, S)` waveforms in [-1, 1], zero-padded at the end, or `(B, T, D)` precomputed frames.
+    lengths: `(B,)` int64 on the CPU, in units of `inputs`. It stays on the CPU wherever the batch goes, so that
+        asking whether anything is padded never waits for a device.
+    targets: named tensors that the objective's `prepare` made (masks, labels, tokens), first axis B.
+    texts: transcripts, empty strings where there are none.
+    starts: `(B,)` int64, where in its cut each row begins (a crop), in units of `inputs`.
+    num_targets: how many targets the summed loss covers; the loop divides by its sum over the whole step.
+    notes: cuts that were replaced or left out of the loss; the loop counts and names them.
+    micro_batch: its place within the step over all ranks, which seeds dropout.
+    """
+
+    ids: tuple[str, ...]
+    inputs: Tensor
+    lengths: Tensor
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    starts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    num_targets: float = 0.0
+    notes: tuple[Note, ...] = ()
+    micro_batch: int = 0
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy the tensors to a device (asynchronously from pinned memory); `lengths` stays on the CPU."""
+        if device.type == "cpu":
+            return self
+        return replace(
+            self,
+            inputs=self.inputs.to(device, non_blocking=True),
+            targets={name: value.to(device, non_blocking=True) for name, value in self.targets.items()},
+        )
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory; called by torch's DataLoader in its pin thread."""
+        return replace(
+            self,
+            inputs=self.inputs.pin_memory(),
+            targets={name: value.pin_memory() for name, value in self.targets.items()},
+        )
+
+    @property
+    def padded(self) -> int:
+        """Size of the padded time axis times the batch: what the model computes over, in input units."""
+        return int(self.inputs.shape[0] * self.inputs.shape[1])
+
+    @property
+    def real(self) -> int:
+        """Sum of the lengths, in input units."""
+        return int(self.lengths.sum())
+
+
+def padding_mask(lengths: Tensor, size: int) -> Tensor | None:
+    """Return a `(B, size)` bool mask, True where padded, or None when nothing is padded.
+
+    `lengths` is on the CPU, so the question costs no synchronisation; move the result to the device yourself.
+    """
+    if bool((lengths >= size).all()):
+        return None
+    return torch.arange(size)[None, :] >= lengths[:, None]

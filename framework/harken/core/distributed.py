@@ -1,0 +1,65 @@
+"""The process group, reached in one place so that every collective can be found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Rank of this process among all (0 when there is one)."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes logs and files."""
+    return rank() == 0
+
+
+def environment_world_size() -> int:
+    """Number of processes the launcher (torchrun, deepspeed, srun) announced; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """Device of this process: its GPU by local rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """All-reduce (sum) a few numbers in float64."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank raised the flag; all ranks get the same answer."""
+    return sum_over_ranks([float(flag)])[0] > 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_text(text: str) -> str:
+    """Return rank 0's text on every rank."""
+    if world_size() == 1:
+        return text
+    box: list[str] = [text]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]

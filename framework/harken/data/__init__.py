@@ -1,0 +1,1 @@
+"""From a manifest to batches: index, plan, reading, augmentation, masks, loaders."""

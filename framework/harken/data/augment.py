@@ -1,0 +1,57 @@
+"""Augmentation of waveforms, seeded for each cut and epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from harken.config.schema import DataConfig
+from harken.core.draws import Draws
+from harken.data.manifest import Manifest
+from harken.data.read import Samples, read_cut, resample
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What `data.speed` and `data.noise` ask for; validation gets none."""
+
+    config: DataConfig
+    noises: Manifest | None
+
+    @classmethod
+    def build(cls, config: DataConfig) -> Augmentation:
+        """Open the noise manifest if there is one."""
+        return cls(config, Manifest(config.noise) if config.noise else None)
+
+    def __call__(self, samples: Samples, cut: str, draws: Draws) -> Samples:
+        """Return `samples` `(S,)` at another speed and with noise, by the draws of this cut and epoch."""
+        if self.config.speed:
+            rng = draws.generator("speed", cut)
+            samples = change_speed(samples, self.config.speed[int(rng.integers(len(self.config.speed)))])
+        if self.noises is not None:
+            samples = self._add_noise(samples, self.noises, draws.generator("noise", cut))
+        return samples
+
+    def _add_noise(self, samples: Samples, noises: Manifest, rng: np.random.Generator) -> Samples:
+        if rng.random() >= self.config.noise_probability:
+            return samples
+        noise = read_cut(noises[int(rng.integers(len(noises)))], self.config.sample_rate)
+        start = int(rng.integers(0, max(1, len(noise) - len(samples))))
+        return mix(samples, noise[start:], float(rng.uniform(*self.config.noise_snr_db)))
+
+
+def change_speed(samples: Samples, factor: float) -> Samples:
+    """Play `(S,)` faster by `factor`, pitch and all: the result has S / factor samples. Source: Ko et al. 2015."""
+    return resample(samples, factor, 1.0)
+
+
+def mix(samples: Samples, noise: Samples, snr_db: float) -> Samples:
+    """Add noise, repeated to the length of `samples`, at a signal-to-noise ratio in dB."""
+    noise = np.resize(noise, len(samples))
+    power, noise_power = float(np.square(samples).mean()), float(np.square(noise).mean())
+    if power == 0 or noise_power == 0:
+        return samples
+    gain = np.sqrt(power / noise_power / 10 ** (snr_db / 10))
+    mixed: Samples = (samples + np.float32(gain) * noise).astype(np.float32)
+    return mixed

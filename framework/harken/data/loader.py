@@ -1,0 +1,132 @@
+"""Loaders: this rank's micro-batches of each step, in the order of the plan, from any position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from harken.config.schema import BatchConfig, DataConfig
+from harken.core.batch import Batch
+from harken.core.draws import Draws
+from harken.core.errors import HarkenError
+from harken.data.augment import Augmentation
+from harken.data.dataset import MicroBatches, Prepare, Task
+from harken.data.manifest import Manifest
+from harken.data.plan import Selection, make_plan, select
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is in its data: the next step to take. This is the whole state of sampling."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+class TaskStream(Sampler[Task]):
+    """This rank's tasks from a position on, epoch after epoch without end."""
+
+    def __init__(self, selection: Selection, batch: BatchConfig, seed: int, rank: int, world_size: int, start: Position) -> None:
+        if batch.micro_batches_per_step % world_size:
+            raise HarkenError(
+                f"`batch.seconds_per_step` / `batch.max_seconds` must be a multiple of the number of processes, "
+                f"got {batch.micro_batches_per_step} micro-batches and {world_size} processes"
+            )
+        self.selection, self.batch, self.seed = selection, batch, seed
+        self.rank, self.world_size, self.start = rank, world_size, start
+
+    def __iter__(self) -> Iterator[Task]:
+        epoch, first = self.start.epoch, self.start.step
+        while True:
+            plan = make_plan(self.selection, self.batch, Draws(self.seed, epoch))
+            for step in range(first, plan.steps):
+                for slot in range(self.rank, plan.per_step, self.world_size):
+                    yield Task(epoch, step, slot, plan[step * plan.per_step + slot])
+            epoch, first = epoch + 1, 0
+
+
+class TrainLoader:
+    """Yields, for each step, the list of this rank's batches and the position after the step."""
+
+    def __init__(
+        self, config: DataConfig, batch: BatchConfig, prepare: Prepare, *, seed: int, hop: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        manifest = Manifest(config.train)
+        self.config, self.batch, self.seed = config, batch, seed
+        self.rank, self.world_size = rank, world_size
+        slowest = min(config.speed, default=1.0)
+        longest = config.max_seconds if not config.speed else min(config.max_seconds, batch.max_seconds * slowest)
+        self.selection = select(np.asarray(manifest.seconds), config.min_seconds, longest, config.crop_seconds)
+        if slowest < 1.0:  # a slowed cut is longer: fill batches by the longest it can become
+            self.selection = Selection(self.selection.places, self.selection.seconds / np.float32(slowest), self.selection.dropped)
+        self.dataset = MicroBatches(manifest, config, prepare, seed, hop, Augmentation.build(config))
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of steps of an epoch."""
+        return make_plan(self.selection, self.batch, Draws(self.seed, epoch)).steps
+
+    def steps(self, start: Position) -> Iterator[tuple[list[Batch], Position]]:
+        """Iterate without end from a position; reaching the first batch costs the same wherever the position is."""
+        stream = TaskStream(self.selection, self.batch, self.seed, self.rank, self.world_size, start)
+        loader = _loader(self.dataset, stream, self.config)
+        batches = iter(loader)
+        per_rank = self.batch.micro_batches_per_step // self.world_size
+        epoch, step = start.epoch, start.step
+        while True:
+            total = self.steps_in(epoch)
+            while step < total:
+                micro_batches = [next(batches) for _ in range(per_rank)]
+                step += 1
+                yield micro_batches, Position(epoch, step) if step < total else Position(epoch + 1, 0)
+            epoch, step = epoch + 1, 0
+
+
+class EvalLoader:
+    """Every cut of a manifest once, in batches by duration; ranks divide the batches."""
+
+    def __init__(self, path: str, config: DataConfig, max_seconds: float, prepare: Prepare, *, rank: int = 0, world_size: int = 1) -> None:
+        manifest = Manifest(path)
+        self.config, self.rank, self.world_size = config, rank, world_size
+        longest = float(np.asarray(manifest.seconds).max())
+        selection = select(np.asarray(manifest.seconds), 0.0, longest, None)
+        batch = BatchConfig(max_seconds=max(max_seconds, longest), seconds_per_step=max(max_seconds, longest))
+        self.plan = make_plan(selection, batch, Draws(0, 0), shuffle=False)
+        self.dataset = MicroBatches(manifest, config, prepare, 0)
+
+    def __len__(self) -> int:
+        """Number of batches over all ranks."""
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
+        """Yield (batch, counts): ranks get equally many; one that runs out repeats the last batch, which does not count."""
+        rounds = -(-len(self.plan) // self.world_size)
+        places = [turn * self.world_size + self.rank for turn in range(rounds)]
+        tasks = [Task(0, place, 0, self.plan[min(place, len(self.plan) - 1)]) for place in places]
+        loader = _loader(self.dataset, tasks, self.config)
+        return ((batch, place < len(self.plan)) for batch, place in zip(loader, places, strict=True))
+
+
+def _loader(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: DataConfig) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=tasks,
+        num_workers=config.workers,
+        prefetch_factor=config.prefetch_batches if config.workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread,
+        collate_fn=None,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    """Workers leave the cores to the model, and leave signals to the main process, which saves and ends them."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

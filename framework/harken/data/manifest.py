@@ -1,0 +1,114 @@
+"""Indexed manifests: Lhotse cuts as plain JSONL with a memory-mapped index beside them.
+
+`train.jsonl` has the sidecar `train.jsonl.idx/`: `offsets.npy` (byte offset of each line, and the end), `seconds.npy`
+(duration of each cut) and `card.json` (size and checksum of the manifest). Opening and seeking read no line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harken.core.errors import HarkenError
+from harken.core.files import atomic_path, sha256_file
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+
+class Manifest:
+    """A manifest opened through its index."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise HarkenError(f"no manifest at {self.path}; `harken data scan` makes one from audio files")
+        self.card: dict[str, Any] = self._read_card()
+        self._stream: Any = None
+
+    def _read_card(self) -> dict[str, Any]:
+        folder = index_folder(self.path)
+        if not (folder / "card.json").is_file():
+            build_index(self.path)
+        card: dict[str, Any] = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        if card["bytes"] != self.path.stat().st_size:
+            raise HarkenError(f"{self.path} changed after it was indexed ({card['bytes']} bytes then, {self.path.stat().st_size} now): run `harken data index {self.path}`")
+        return card
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "card": self.card, "_stream": None}
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Byte offset of each line, and of the end, `(N + 1,)`."""
+        offsets: NDArray[np.int64] = np.load(index_folder(self.path) / "offsets.npy", mmap_mode="r")
+        return offsets
+
+    @cached_property
+    def seconds(self) -> NDArray[np.float32]:
+        """Duration of each cut, `(N,)`."""
+        seconds: NDArray[np.float32] = np.load(index_folder(self.path) / "seconds.npy", mmap_mode="r")
+        return seconds
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def line(self, place: int) -> dict[str, Any]:
+        """Return the plain data of the cut at a place."""
+        if self._stream is None:
+            self._stream = self.path.open("rb")
+        self._stream.seek(int(self.offsets[place]))
+        raw = self._stream.read(int(self.offsets[place + 1] - self.offsets[place]))
+        data: dict[str, Any] = json.loads(raw)
+        return data
+
+    def __getitem__(self, place: int) -> Cut:
+        """Return the Lhotse cut at a place."""
+        from lhotse.serialization import deserialize_item
+
+        cut: Cut = deserialize_item(self.line(place))
+        return cut
+
+    def __iter__(self) -> Iterator[Cut]:
+        return (self[place] for place in range(len(self)))
+
+
+def index_folder(path: Path) -> Path:
+    """Return the folder of a manifest's index."""
+    return path.with_name(path.name + ".idx")
+
+
+def build_index(path: str | Path) -> int:
+    """Index a manifest and return its number of cuts.
+
+    Raises HarkenError naming the line that is not a cut with an id and a duration, or whose id was there before.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise HarkenError(f"a manifest is plain JSONL so that it can be read at any line, got {path}; decompress it first")
+    offsets, seconds, seen = [0], [], set()
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            try:
+                data = json.loads(raw)
+                cut_id, duration = str(data["id"]), float(data["duration"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise HarkenError(f"{path} line {number} is not a Lhotse cut with `id` and `duration`: {error!r}") from error
+            if cut_id in seen:
+                raise HarkenError(f"{path} line {number}: cut id `{cut_id}` occurs twice; draws and labels are keyed by id")
+            seen.add(cut_id)
+            seconds.append(duration)
+            offsets.append(offsets[-1] + len(raw))
+    with atomic_path(index_folder(path)) as folder:
+        folder.mkdir()
+        np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+        np.save(folder / "seconds.npy", np.asarray(seconds, dtype=np.float32))
+        card = {"cuts": len(seconds), "hours": sum(seconds) / 3600, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return len(seconds)

@@ -1,0 +1,49 @@
+"""Audio of a cut as samples: one channel, one rate, no surprise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+Samples = NDArray[np.float32]
+
+
+class UnreadableAudio(Exception):
+    """The audio of a cut cannot be decoded or holds no finite samples; the loader replaces the cut."""
+
+
+def read_cut(cut: Cut, sample_rate: int) -> Samples:
+    """Return the samples `(S,)` of a cut in [-1, 1]: channels averaged, resampled to `sample_rate`.
+
+    Raises UnreadableAudio, naming the cut and its file.
+    """
+    try:
+        audio = cut.load_audio()
+    except Exception as error:  # every backend of Lhotse raises its own kinds; all mean the same here
+        raise UnreadableAudio(f"cut `{cut.id}` ({_source(cut)}) cannot be read: {error}") from error
+    if audio is None or audio.size == 0:
+        raise UnreadableAudio(f"cut `{cut.id}` ({_source(cut)}) holds no samples")
+    samples: Samples = audio.mean(axis=0, dtype=np.float32)
+    if not np.isfinite(samples).all():
+        raise UnreadableAudio(f"cut `{cut.id}` ({_source(cut)}) holds samples that are not finite")
+    return resample(samples, cut.sampling_rate, sample_rate)
+
+
+def resample(samples: Samples, source_rate: float, target_rate: float) -> Samples:
+    """Resample with soxr's high-quality filter."""
+    if source_rate == target_rate:
+        return samples
+    import soxr
+
+    result: Samples = soxr.resample(samples, source_rate, target_rate, quality="HQ")
+    return result
+
+
+def _source(cut: Cut) -> str:
+    recording = getattr(cut, "recording", None)
+    return str(recording.sources[0].source) if recording is not None and recording.sources else "no recording"

@@ -1,0 +1,145 @@
+"""Choosing and building a CTC search from its config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harken.core.errors import HarkenError, nearest
+from harken.decode.arpa import load_arpa
+from harken.decode.greedy import greedy_search
+from harken.decode.ngram import SPACE, NGramScorer, word_of
+from harken.decode.prefix_beam import BeamOptions, Floats, prefix_beam_search
+
+Method = Literal["greedy", "prefix_beam"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+Search = Callable[[Tensor, Tensor], list[list[int]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How token ids are found in CTC log-probabilities. Weights and bonuses are in natural-log units."""
+
+    method: Method = "greedy"
+    """`greedy` (best path) or `prefix_beam`. Everything below is for `prefix_beam`."""
+    beam: int = 16
+    """Prefixes kept after each frame."""
+    ngram: str | None = None
+    """ARPA file (plain or .gz) of an n-gram model over the same tokens; a space is written `▁` in it."""
+    ngram_weight: float = 0.5
+    """What the model's log-probability is multiplied with (alpha of Hannun et al. 2014)."""
+    insertion_bonus: float = 0.0
+    """Added for each token; makes up for the length a language model costs (beta of Maas et al. 2015)."""
+    word_bonus: float = 0.0
+    """Added for each space, `|` and piece that begins with `▁`, that is for each word (beta of Hannun et al. 2014)."""
+    token_top_k: int | None = None
+    """In a frame, prefixes grow only by this many most probable tokens; None: by all."""
+    token_min_log_prob: float | None = None
+    """In a frame, prefixes grow only by tokens at least this probable, for example -8; None: by all."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no search: raises HarkenError that names the key."""
+        if self.method not in METHODS:
+            raise HarkenError(f"unknown `decode.method` `{self.method}`{nearest(self.method, METHODS)}")
+        if self.beam < 1:
+            raise HarkenError(f"`decode.beam` must be 1 or more, got {self.beam}")
+        if self.token_top_k is not None and self.token_top_k < 1:
+            raise HarkenError(
+                f"`decode.token_top_k` must be 1 or more, or null for all tokens, got {self.token_top_k}"
+            )
+        if self.token_min_log_prob is not None and not self.token_min_log_prob < 0:
+            raise HarkenError(
+                f"`decode.token_min_log_prob` must be a log-probability below 0, got {self.token_min_log_prob}"
+            )
+        if not math.isfinite(self.ngram_weight) or self.ngram_weight < 0:
+            raise HarkenError(f"`decode.ngram_weight` must be 0 or more, got {self.ngram_weight}")
+        for key in ("insertion_bonus", "word_bonus"):
+            if not math.isfinite(getattr(self, key)):
+                raise HarkenError(f"`decode.{key}` must be a finite number, got {getattr(self, key)}")
+        if self.method == "greedy" and (self.ngram is not None or self.insertion_bonus or self.word_bonus):
+            raise HarkenError(
+                "`decode.ngram`, `decode.insertion_bonus` and `decode.word_bonus` have no effect with `decode.method` greedy; "
+                "set `decode.method=prefix_beam` or leave them out"
+            )
+
+
+def make_search(
+    config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[str] | None = None
+) -> Search:
+    """Return the search: (log_probs (B, T, V) natural-log, lengths (B,) in frames) -> B lists of token ids.
+
+    num_tokens is V, the blank included. symbols are the V names of the tokens by id (that of the blank is not used); an
+    n-gram model and a bonus for words need them.
+
+    Raises HarkenError when the arguments do not fit each other, or the n-gram model cannot be read or is of other
+    tokens. The search itself raises it for log-probabilities of another shape or with NaN in them.
+    """
+    if not 0 <= blank < num_tokens:
+        raise HarkenError(
+            f"the blank must be one of the {num_tokens} tokens (0 to {num_tokens - 1}), got {blank}"
+        )
+    if symbols is not None and len(symbols) != num_tokens:
+        raise HarkenError(f"expected a name for each of the {num_tokens} tokens, got {len(symbols)} names")
+    if symbols is None and (config.ngram is not None or config.word_bonus):
+        raise HarkenError(
+            "`decode.ngram` and `decode.word_bonus` need the names of the tokens, and this model has none"
+        )
+    if config.method == "greedy":
+        return lambda log_probs, lengths: greedy_search(
+            _checked(log_probs, lengths, num_tokens), lengths, blank=blank
+        )
+    options = BeamOptions(
+        blank=blank,
+        beam=config.beam,
+        scorer=None
+        if config.ngram is None
+        else NGramScorer(load_arpa(config.ngram), symbols or (), blank=blank),
+        scorer_weight=config.ngram_weight,
+        bonus=_bonus(config, num_tokens, blank, symbols or ()),
+        token_top_k=config.token_top_k,
+        token_min_log_prob=config.token_min_log_prob,
+    )
+
+    def search(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
+        frames = _checked(log_probs, lengths, num_tokens).detach().to("cpu", torch.float64).numpy()
+        ends = lengths.tolist()
+        return [
+            prefix_beam_search(one[:end], options)[0].tokens for one, end in zip(frames, ends, strict=True)
+        ]
+
+    return search
+
+
+def _bonus(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[str]) -> Floats:
+    bonus = np.full(num_tokens, config.insertion_bonus)
+    for number, symbol in enumerate(symbols):
+        if number != blank and (symbol == "|" or word_of(symbol).startswith(SPACE)):
+            bonus[number] += config.word_bonus
+    return bonus
+
+
+def _checked(log_probs: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
+    if log_probs.dim() != 3 or log_probs.shape[2] != num_tokens or lengths.shape != log_probs.shape[:1]:
+        raise HarkenError(
+            f"expected log-probabilities (B, T, {num_tokens}) and lengths (B,), got {tuple(log_probs.shape)} and "
+            f"{tuple(lengths.shape)}"
+        )
+    if lengths.numel() and int(lengths.max()) > log_probs.shape[1]:
+        raise HarkenError(
+            f"a length of {int(lengths.max())} frames is more than the {log_probs.shape[1]} there are"
+        )
+    inside = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths.to(log_probs.device)[:, None]
+    broken = (log_probs.isnan().any(dim=2) & inside).any(dim=1)
+    if bool(broken.any()):
+        raise HarkenError(
+            f"{int(broken.sum())} of the {len(broken)} utterances of a batch have NaN log-probabilities (the first is at "
+            f"{int(broken.nonzero()[0])}); the checkpoint or its precision is at fault, not the search"
+        )
+    return log_probs

@@ -1,0 +1,63 @@
+"""A frontend and an encoder together: what pretraining leaves behind and fine-tuning starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from harken.config.registry import build
+from harken.config.schema import RunConfig
+from harken.core.frames import FrameSpec
+from harken.encoders.base import Encoded, Encoder
+from harken.frontends.base import Frontend
+
+
+class Backbone(nn.Module):
+    """Samples to representations. Its parameters are saved under `backbone.` by every objective."""
+
+    def __init__(self, frontend: Frontend, encoder: Encoder) -> None:
+        super().__init__()
+        self.frontend = frontend
+        self.encoder = encoder
+        # uniform as in fairseq; it is part of the backbone because fine-tuning masks with the pretrained vector
+        self.mask_embedding = nn.Parameter(torch.rand(encoder.dim))
+
+    @property
+    def spec(self) -> FrameSpec:
+        """The frontend's frame arithmetic."""
+        return self.frontend.spec
+
+    @property
+    def dim(self) -> int:
+        """Width of a representation."""
+        return self.encoder.dim
+
+    def embed(self, inputs: Tensor, lengths: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the frontend's frames `(B, T, F)`, the masked input of the encoder `(B, T, D)`, and frame lengths `(B,)`.
+
+        masks: any of `band_mask` `(B, bands)`, `mask` `(B, T)` and `channel_mask` `(B, D)`, True where masked: bands are
+        blanked, frames take the mask embedding, channels are zeroed.
+        """
+        frames, frame_lengths = self.frontend(inputs, lengths, masks.get("band_mask"))
+        x = self.encoder.embed(frames)
+        if "mask" in masks:
+            x = torch.where(masks["mask"][..., None], self.mask_embedding.to(x.dtype), x)
+        if "channel_mask" in masks:
+            x = x.masked_fill(masks["channel_mask"][:, None, :], 0.0)
+        return frames, x, frame_lengths
+
+    def forward(self, inputs: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
+        """Encode unmasked inputs `(B, S)`, as labelling, decoding and feature extraction do."""
+        frames, frame_lengths = self.frontend(inputs, lengths)
+        return self.encoder.encode(self.encoder.embed(frames), frame_lengths, layers)
+
+
+def build_backbone(config: RunConfig) -> Backbone:
+    """Build the frontend and the encoder that a configuration names, with fresh weights."""
+    frontend = cast(Frontend, build("frontend", config.frontend))
+    encoder = cast(Encoder, build("encoder", config.encoder, input_dim=frontend.dim))
+    encoder.checkpoint_blocks = config.engine.activation_checkpointing
+    return Backbone(frontend, encoder)

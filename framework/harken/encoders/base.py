@@ -1,0 +1,49 @@
+"""What every encoder promises."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoder's result: `last` `(B, T, D)`, `hidden` `{layer: (B, T, D)}`, `lengths` `(B,)` on the CPU."""
+
+    last: Tensor
+    hidden: dict[int, Tensor]
+    lengths: Tensor
+
+
+class Encoder(nn.Module):
+    """Maps frames to representations.
+
+    dim: width of a representation. num_layers: hidden[0] is the first block's input, hidden[i] the output of block i.
+    checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    dim: int
+    num_layers: int
+    checkpoint_blocks: bool = False
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """Bring a frontend's frames `(B, T, F)` to the encoder's width `(B, T, D)`; masks are applied to the result."""
+        raise NotImplementedError
+
+    def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
+        """Encode embedded frames `(B, T, D)`.
+
+        lengths: `(B,)` on the CPU. layers: which hidden layers to return besides the last; the blocks above the highest
+        one still run, as `last` needs them.
+        """
+        raise NotImplementedError
+
+    def depth(self, parameter: str) -> int:
+        """Return the block (from 1) that holds a parameter of this encoder, 0 for what lies before the blocks."""
+        raise NotImplementedError
+
+    def flops(self, frames: int) -> float:
+        """Return the floating-point operations of embedding and encoding `frames`, a multiply-add counted as two."""
+        raise NotImplementedError

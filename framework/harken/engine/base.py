@@ -1,0 +1,50 @@
+"""What the training loop asks of an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from harken.core.batch import Batch
+from harken.core.loss import Loss
+
+
+class Engine(Protocol):
+    """Runs a model on this process's device and keeps its optimiser in step with the other ranks.
+
+    model: the bare module. optimizer: its `param_groups` carry the learning rates. grad_norm: of the last step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    grad_norm: float
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Run the objective on a batch."""
+        ...
+
+    def backward(self, total: Tensor, *, last: bool) -> None:
+        """Add the gradient of `total`; with `last`, reduce the step's gradient over the ranks.
+
+        Gradients are summed over ranks and micro-batches, never averaged.
+        """
+        ...
+
+    def step(self) -> bool:
+        """Clip and take an optimiser step; return False when the gradient was not finite and nothing changed."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what exact continuation needs; every rank calls it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; every rank calls it."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all weights on the CPU (whole on rank 0; every rank calls it)."""
+        ...

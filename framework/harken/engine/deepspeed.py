@@ -1,0 +1,177 @@
+"""DeepSpeed as harken's engine: one CPU process to ZeRO-3 over many GPUs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from harken.config.schema import EngineConfig, TrainConfig
+from harken.core import distributed
+from harken.core.batch import Batch
+from harken.core.errors import HarkenError
+from harken.core.loss import Loss
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+TAG = "engine"
+
+
+def start_processes(config: EngineConfig) -> torch.device:
+    """Join the process group that the launcher announced (one process is a group too) and set the CPU threads."""
+    _quiet()
+    world = distributed.environment_world_size()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    torch.set_num_threads(config.threads or max(1, _cores() // local))
+    device = distributed.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=config.timeout_seconds)
+        if world == 1 and "MASTER_PORT" not in os.environ:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            os.environ["MASTER_PORT"] = "0"
+        else:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _quiet() -> None:
+    """DeepSpeed prints its whole configuration at start; harken's own log says what matters."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="deepspeed")
+
+
+def deepspeed_config(config: EngineConfig, train: TrainConfig) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; `engine.deepspeed` is merged over it."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage:
+        zero.update(
+            reduce_bucket_size=config.bucket_bytes,
+            allgather_bucket_size=config.bucket_bytes,
+            overlap_comm=torch.cuda.is_available(),
+            contiguous_gradients=True,
+        )
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    own: dict[str, Any] = {
+        # nominal: batches are ragged, and harken scales the loss by the step's target count itself
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "gradient_clipping": train.clip_norm if _clips_itself(config) else 0.0,
+    }
+    if config.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
+        own["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    merged = OmegaConf.to_container(OmegaConf.merge(own, config.deepspeed))
+    if not isinstance(merged, dict):
+        raise HarkenError("`engine.deepspeed` must be a group of DeepSpeed's keys")
+    return {str(key): value for key, value in merged.items()}
+
+
+def _clips_itself(config: EngineConfig) -> bool:
+    """Whether DeepSpeed clips: where it partitions or scales gradients, their whole norm is only known to it."""
+    return config.zero_stage > 0 or config.precision == "fp16"
+
+
+class DeepSpeedEngine:
+    """See `harken.engine.base.Engine`."""
+
+    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, config: EngineConfig, train: TrainConfig) -> None:
+        import deepspeed
+
+        self.config, self.clip_norm = config, train.clip_norm
+        settings = deepspeed_config(config, train)
+        model.to(distributed.device())
+        trainable = make_optimizer(model)
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=trainable, config=settings, dist_init_required=False
+        )
+        self.model: nn.Module = self._engine.module
+        self.device = distributed.device()
+        self.grad_norm = 0.0
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Run the objective on a batch, under autocast where the precision asks for it."""
+        loss: Loss = self._engine(batch.to(self.device))
+        return loss
+
+    def backward(self, total: Tensor, *, last: bool) -> None:
+        """Add the gradient of `total`; with `last`, reduce the step's gradient over the ranks."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks, harken sums
+        self._engine.backward(total * distributed.world_size(), scale_wrt_gas=False)
+
+    def step(self) -> bool:
+        """Clip and take an optimiser step; return False when nothing changed for a gradient that was not finite."""
+        if not _clips_itself(self.config):
+            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+            limit = self.clip_norm or math.inf
+            self.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            if not math.isfinite(self.grad_norm):
+                self._engine.zero_grad()
+                return False
+        self._engine.step()
+        if _clips_itself(self.config):
+            norm = self._engine.get_global_grad_norm()
+            self.grad_norm = float(norm) if norm is not None else math.nan
+        return bool(self._engine.was_step_applied())
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's shards into the folder."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read DeepSpeed's shards.
+
+        Raises HarkenError when they were saved by another number of processes or ZeRO stage.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise HarkenError(f"DeepSpeed could not load {folder}: it was saved with another number of processes or another `engine.zero_stage`")
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all weights on the CPU in float32; under ZeRO-3 they are gathered one module at a time."""
+        if self.config.zero_stage < 3:
+            return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        return self._gathered()
+
+    def _gathered(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        gathered: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if distributed.is_main():
+                    gathered[name] = parameter.detach().cpu().clone()
+        gathered.update({name: value.detach().cpu().clone() for name, value in self.model.named_buffers() if name in self.model.state_dict()})
+        return gathered
+
+
+def group_names(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the name of one parameter of each group."""
+    return [str(group["names"][0]) for group in groups]

@@ -1,0 +1,1 @@
+"""Raw input to frames: waveform convolutions and log-mel filterbanks."""

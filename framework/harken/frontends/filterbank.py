@@ -1,0 +1,129 @@
+"""Log-mel filterbanks with convolutional subsampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harken.config.registry import SlotConfig, register
+from harken.core.errors import HarkenError
+from harken.core.frames import FrameSpec, Window
+from harken.frontends.base import Frontend
+from harken.nn.masked import normalise_over_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterbankConfig(SlotConfig):
+    """Kaldi's 80-bin filterbank; two strided convolutions give 40 ms frames, one gives 20 ms."""
+
+    sample_rate: int = 16000
+    bands: int = 80
+    low_hz: float = 20.0
+    high_hz: float = 0.0
+    """Upper edge of the last band; 0 is half the sample rate, a negative value counts down from there (Kaldi)."""
+    channels: int = 256
+    subsampling: int = 4
+    """Frames of 10 ms that one output frame stands for: 2 or 4 (Fast-HuBERT, arXiv 2309.13860, uses 4)."""
+    normalize: bool = True
+    """Give each band of each utterance zero mean and unit variance."""
+
+    def __post_init__(self) -> None:
+        if self.subsampling not in (1, 2, 4, 8):
+            raise HarkenError(f"`frontend.subsampling` must be 1, 2, 4 or 8, got {self.subsampling}")
+
+
+class LogMel(nn.Module):
+    """Kaldi's log-mel filterbank (Povey window, pre-emphasis 0.97, DC removed, no dither, snip edges) on any device.
+
+    Source: Kaldi's feature documentation; equal to kaldi-native-fbank with `dither=0` for samples scaled by 32768.
+    """
+
+    window: Tensor
+    mel: Tensor
+
+    def __init__(self, config: FilterbankConfig) -> None:
+        super().__init__()
+        self.size = config.sample_rate * 25 // 1000
+        self.hop = config.sample_rate // 100
+        self.fft = 2 ** math.ceil(math.log2(self.size))
+        hann = torch.hann_window(self.size, periodic=False, dtype=torch.float64)
+        self.register_buffer("window", hann.pow(0.85).float(), persistent=False)
+        self.register_buffer("mel", mel_matrix(config, self.fft), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map samples `(B, S)` in [-1, 1] to natural-log band energies `(B, T, bands)`."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            frames = (inputs.float() * 32768.0).unfold(1, self.size, self.hop)
+            frames = frames - frames.mean(-1, keepdim=True)
+            previous = functional.pad(frames, (1, 0), mode="replicate")[..., :-1]
+            frames = (frames - 0.97 * previous) * self.window
+            power = torch.fft.rfft(frames, self.fft).abs().square()
+            return (power[..., :-1] @ self.mel).clamp(min=torch.finfo(torch.float32).eps).log()
+
+
+def mel_matrix(config: FilterbankConfig, fft: int) -> Tensor:
+    """Return Kaldi's triangular mel weights `(fft / 2, bands)`: triangles in mel, 1127 ln(1 + f / 700)."""
+
+    def to_mel(hertz: Tensor) -> Tensor:
+        return 1127.0 * torch.log1p(hertz / 700.0)
+
+    nyquist = config.sample_rate / 2
+    high = config.high_hz if config.high_hz > 0 else nyquist + config.high_hz
+    if not 0 <= config.low_hz < high <= nyquist:
+        raise HarkenError(f"`frontend.low_hz` < `frontend.high_hz` <= {nyquist} must hold, got {config.low_hz} and {high}")
+    low_mel, high_mel = (float(to_mel(torch.tensor(edge, dtype=torch.float64))) for edge in (config.low_hz, high))
+    edges = torch.linspace(low_mel, high_mel, config.bands + 2, dtype=torch.float64)
+    bins = to_mel(torch.arange(fft // 2, dtype=torch.float64) * config.sample_rate / fft)[:, None]
+    rise = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rise, fall).clamp(min=0).float()
+
+
+@register("frontend", FilterbankConfig)
+class Filterbank(Frontend):
+    """Log-mel bands, normalised over each utterance, then strided convolutions over time with GELU."""
+
+    def __init__(self, config: FilterbankConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bands = config.bands
+        self.dim = config.channels
+        self.log_mel = LogMel(config)
+        convolutions = int(math.log2(config.subsampling))
+        windows = (Window(self.log_mel.size, self.log_mel.hop), *[Window(3, 2)] * convolutions)
+        self.spec = FrameSpec(windows, config.sample_rate)
+        widths = [config.bands] + [config.channels] * max(convolutions, 1)
+        strides = [2] * convolutions or [1]
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(a, b, 3 if stride == 2 else 1, stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)
+        )
+
+    def forward(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return frames `(B, T, channels)` and lengths; a masked band is set to its mean over the utterance."""
+        x = self.log_mel(inputs)
+        if self.config.normalize:
+            count = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)
+            x = normalise_over_time(x, count if bool((count < x.shape[1]).any()) else None)
+        if band_mask is not None:
+            x = x.masked_fill(band_mask[:, None, :], 0.0)
+        x = x.transpose(1, 2)
+        for convolution in self.convolutions:
+            x = functional.gelu(convolution(x))
+        return x.transpose(1, 2), self.spec.num_frames(lengths)
+
+    def flops(self, samples: int) -> float:
+        """Count the mel product and the convolutions; see `Frontend`."""
+        first, *rest = self.spec.windows
+        length = FrameSpec((first,), self.spec.sample_rate).num_frames(samples)
+        total = 2.0 * length * self.log_mel.mel.numel()
+        channels = self.config.bands
+        for window in rest or [Window(1, 1)]:
+            length = FrameSpec((window,), self.spec.sample_rate).num_frames(length)
+            total += 2.0 * length * window.kernel * channels * self.dim
+            channels = self.dim
+        return total

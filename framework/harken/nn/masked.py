@@ -1,0 +1,24 @@
+"""Statistics over the real frames of a padded batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def normalise_over_time(x: Tensor, lengths: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """Give each channel of each sequence zero mean and unit variance over its real frames.
+
+    x: `(B, T, C)`. lengths: `(B,)` frames; None when nothing is padded.
+    """
+    if lengths is None:
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).square().mean(1, keepdim=True)
+        return (x - mean) * (variance + eps).rsqrt()
+    lengths = lengths.to(x.device)
+    real = (torch.arange(x.shape[1], device=x.device)[None, :] < lengths[:, None])[..., None].to(x.dtype)
+    count = lengths.clamp(min=1).to(x.dtype)[:, None, None]
+    mean = (x * real).sum(1, keepdim=True) / count
+    centred = (x - mean) * real
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred * (variance + eps).rsqrt()

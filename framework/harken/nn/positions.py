@@ -1,0 +1,35 @@
+"""Relative positions from a wide grouped convolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class PositionalConvolution(nn.Module):
+    """Grouped convolution over time, weight-normalised over its kernel axis, then GELU.
+
+    Source: wav2vec 2.0, arXiv 2006.11477 section 2; initialisation as fairseq's `pos_conv`.
+    The weight is kept as direction and gain in this module itself (not as a torch parametrisation), so that ZeRO-3
+    gathers both when it gathers the module.
+    """
+
+    def __init__(self, dim: int, kernel: int, groups: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.groups = groups
+        self.padding = kernel // 2
+        self.surplus = 1 - kernel % 2  # an even kernel padded on both sides gives one frame too many
+        std = math.sqrt(4 * (1.0 - dropout) / (kernel * dim))
+        self.weight_v = nn.Parameter(torch.randn(dim, dim // groups, kernel) * std)
+        self.weight_g = nn.Parameter(self.weight_v.detach().norm(dim=(0, 1), keepdim=True))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the positions `(B, T, D)` to add to `x` `(B, T, D)`, whose padded frames must be zero."""
+        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+        y = functional.conv1d(x.transpose(1, 2), weight, self.bias, padding=self.padding, groups=self.groups)
+        y = y[..., : y.shape[-1] - self.surplus]
+        return functional.gelu(y).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""One file for each loss that a model is trained with."""

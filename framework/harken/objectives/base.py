@@ -1,0 +1,65 @@
+"""What every objective promises."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from harken.config.schema import RunConfig
+from harken.core.batch import Batch
+from harken.core.draws import Draws
+from harken.core.frames import FrameSpec
+from harken.core.loss import Loss
+from harken.encoders.backbone import Backbone
+
+
+class Prepare(Protocol):
+    """The part of an objective without parameters: it runs in the loader's workers, so it is small and can be pickled."""
+
+    def __call__(self, batch: Batch, draws: Draws) -> Batch:
+        """Add masks, labels and tokens to `targets`, and set `num_targets`; every draw comes from `draws`."""
+        ...
+
+
+class Objective(nn.Module):
+    """A backbone, a head and a loss.
+
+    It is built as `cls(config, run=run_config, backbone=backbone)`. Its backbone's parameters are named `backbone.*`.
+    """
+
+    backbone: Backbone
+
+    @staticmethod
+    def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> Prepare:
+        """Return the objective's `Prepare`; with `train` False, nothing random but what the loss itself needs."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the loss summed over the batch's targets."""
+        raise NotImplementedError
+
+    def head_flops(self, frames: int) -> float:
+        """Return the forward operations of the head over `frames`; small beside the backbone's."""
+        return 0.0
+
+    def flops(self, batch: Batch) -> float:
+        """Return the operations of a training step over the batch's real audio: forward, and twice that backward.
+
+        A frozen frontend has no backward pass. A multiply-add counts as two. Recomputed activations do not count.
+        """
+        backbone = self.backbone
+        frontend_passes = 3.0 if any(parameter.requires_grad for parameter in backbone.frontend.parameters()) else 1.0
+        total = 0.0
+        for samples in batch.lengths.tolist():
+            frames = backbone.spec.num_frames(samples)
+            total += frontend_passes * backbone.frontend.flops(samples)
+            total += 3.0 * (backbone.encoder.flops(frames) + self.head_flops(frames))
+        return total
+
+    def after_step(self, step: int) -> None:
+        """Update what no optimiser updates (teachers, temperatures) after optimiser step `step`."""
+
+    def rate_scale(self, parameter: str, step: int) -> float:
+        """Return the factor on the learning rate of a parameter at a step: freezing and layer-wise rates."""
+        return 1.0

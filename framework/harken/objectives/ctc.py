@@ -1,0 +1,189 @@
+"""Connectionist temporal classification on top of any encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harken.config.registry import SlotConfig, register
+from harken.config.schema import RunConfig
+from harken.core.batch import Batch, Note
+from harken.core.draws import Draws
+from harken.core.errors import HarkenError
+from harken.core.frames import FrameSpec
+from harken.core.loss import Loss
+from harken.data.masking import SpanMask
+from harken.data.tokens import BLANK, Tokenizer, load_tokenizer
+from harken.encoders.backbone import Backbone
+from harken.objectives.base import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtcConfig(SlotConfig):
+    """Fine-tuning by CTC. The masks are wav2vec 2.0's form of SpecAugment (arXiv 2006.11477 section 4.3 and appendix B)."""
+
+    tokenizer: str
+    """List of characters, or a sentencepiece `.model`."""
+    mask_probability: float = 0.5
+    """Time masks; fairseq `mask_prob`: 0.65 to 0.75 for 10 minutes to 1 hour, 0.5 for 100 hours and more."""
+    mask_length: int = 10
+    """In frames. fairseq `mask_length`."""
+    mask_channel_probability: float = 0.0
+    """Share of the encoder's input channels set to zero in spans; fairseq `mask_channel_prob`: 0.25 to 0.75."""
+    mask_channel_length: int = 64
+    """fairseq `mask_channel_length`."""
+    band_masks: int = 0
+    """Frequency masks of SpecAugment (arXiv 1904.08779) for frontends that have bands; 2 in its LibriSpeech policies."""
+    band_mask_width: int = 27
+    """Largest width of a frequency mask in bands (F of SpecAugment)."""
+    dropout: float = 0.0
+    """Before the linear head; fairseq `final_dropout`."""
+    freeze_steps: int = 0
+    """Steps in which only the head is trained; fairseq `freeze_finetune_updates`: 10000 for 1 h, 0 for 100 h."""
+    freeze_frontend: bool = True
+    """fairseq `feature_grad_mult: 0.0` in fine-tuning."""
+    layer_decay: float = 1.0
+    """Each block below the last has its learning rate multiplied by this once more."""
+    head_rate: float = 1.0
+    """Factor on the head's learning rate."""
+
+
+@dataclass
+class CtcPrepare:
+    """Encodes transcripts and draws the augmentation masks."""
+
+    spec: FrameSpec
+    config: CtcConfig
+    dim: int
+    bands: int | None
+    train: bool
+
+    def __post_init__(self) -> None:
+        self._tokenizer: Tokenizer | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_tokenizer": None}
+
+    def __call__(self, batch: Batch, draws: Draws) -> Batch:
+        """Add `tokens` `(B, U)`, `token_lengths` and `weight` `(B,)`, and in training the masks.
+
+        A transcript that needs more frames than there are gets weight 0 and a note.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config.tokenizer)
+        sequences = [self._tokenizer.encode(text) for text in batch.texts]
+        frames = self.spec.num_frames(batch.lengths).tolist()
+        fits = [0 < len(tokens) and frames_needed(tokens) <= have for tokens, have in zip(sequences, frames, strict=True)]
+        notes = [
+            Note("left out", cut, f"its transcript of {len(tokens)} tokens needs {frames_needed(tokens)} frames, the audio has {have}")
+            for cut, tokens, have, fit in zip(batch.ids, sequences, frames, fits, strict=True)
+            if not fit
+        ]
+        tokens = torch.zeros(len(sequences), max(1, *map(len, sequences)), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+        targets = {
+            "tokens": tokens,
+            "token_lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64),
+            "weight": torch.tensor(fits, dtype=torch.float32),
+        }
+        if self.train:
+            targets.update(self._masks(batch, frames, draws))
+        count = float(sum(len(sequence) for sequence, fit in zip(sequences, fits, strict=True) if fit))
+        return replace(batch, targets={**batch.targets, **targets}, num_targets=count, notes=(*batch.notes, *notes))
+
+    def _masks(self, batch: Batch, frames: list[int], draws: Draws) -> dict[str, Tensor]:
+        own, size = self.config, int(self.spec.num_frames(batch.inputs.shape[1]))
+        masks: dict[str, Tensor] = {}
+        if own.mask_probability:
+            spans = SpanMask(probability=own.mask_probability, length=own.mask_length)
+            drawn = [spans.draw(count, draws.generator("mask", cut)) for cut, count in zip(batch.ids, frames, strict=True)]
+            masks["mask"] = torch.from_numpy(np.stack([np.pad(row, (0, size - len(row))) for row in drawn]))
+        if own.mask_channel_probability:
+            spans = SpanMask(probability=own.mask_channel_probability, length=own.mask_channel_length, at_least=0)
+            masks["channel_mask"] = torch.from_numpy(np.stack([spans.draw(self.dim, draws.generator("channel mask", cut)) for cut in batch.ids]))
+        if own.band_masks and self.bands:
+            masks["band_mask"] = torch.from_numpy(np.stack([self._band_mask(draws.generator("band mask", cut)) for cut in batch.ids]))
+        return masks
+
+    def _band_mask(self, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        mask = np.zeros(self.bands or 0, dtype=np.bool_)
+        for _ in range(self.config.band_masks):
+            width = int(rng.integers(0, self.config.band_mask_width + 1))
+            start = int(rng.integers(0, max(1, len(mask) - width)))
+            mask[start : start + width] = True
+        return mask
+
+
+def frames_needed(tokens: list[int]) -> int:
+    """Return the fewest frames a CTC path needs: one a token, and a blank between two equal neighbours."""
+    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+
+
+@register("objective", CtcConfig)
+class Ctc(Objective):
+    """A linear head over the encoder's last layer, trained by CTC.
+
+    Source: Graves et al. 2006. The loss is summed over utterances; its targets are tokens.
+    """
+
+    def __init__(self, config: CtcConfig, run: RunConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(backbone.dim, load_tokenizer(config.tokenizer).size)
+
+    @staticmethod
+    def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> CtcPrepare:
+        """Return the transcript encoder; masks are drawn in training only."""
+        dim = getattr(config.encoder, "dim", 0)
+        bands = getattr(config.frontend, "bands", None)
+        return CtcPrepare(spec, cast(CtcConfig, config.objective), dim, bands, train)
+
+    def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return log probabilities `(B, T, V)` in float32 and frame lengths `(B,)`, with the batch's masks applied."""
+        _, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, batch.targets)
+        encoded = self.backbone.encoder.encode(x, lengths)
+        return functional.log_softmax(self.head(self.dropout(encoded.last)).float(), dim=-1), lengths
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the CTC loss summed over the utterances whose transcripts fit."""
+        log_probs, lengths = self.log_probs(batch)
+        losses = functional.ctc_loss(
+            log_probs.transpose(0, 1),
+            batch.targets["tokens"],
+            lengths,
+            batch.targets["token_lengths"],
+            blank=BLANK,
+            reduction="none",
+            zero_infinity=True,
+        )
+        total = (losses * batch.targets["weight"]).sum()
+        real = torch.arange(log_probs.shape[1], device=total.device)[None, :] < lengths.to(total.device)[:, None]
+        blanks = ((log_probs.detach().argmax(-1) == BLANK) & real).sum().float()
+        metrics = {
+            "loss": (total.detach(), total.new_tensor(batch.num_targets)),
+            "blank_share": (blanks, total.new_tensor(float(lengths.sum()))),
+        }
+        return Loss(total=total, metrics=metrics)
+
+    def head_flops(self, frames: int) -> float:
+        """Count the linear head."""
+        return 2.0 * frames * self.head.weight.numel()
+
+    def rate_scale(self, parameter: str, step: int) -> float:
+        """Freeze the backbone for `freeze_steps`, the frontend throughout if so configured; decay rates downwards."""
+        own, encoder = self.config, self.backbone.encoder
+        if not parameter.startswith("backbone."):
+            return own.head_rate if parameter.startswith("head.") else 1.0
+        if step < own.freeze_steps:
+            return 0.0
+        if parameter.startswith("backbone.frontend."):
+            return 0.0 if own.freeze_frontend else own.layer_decay ** (encoder.num_layers + 1)
+        return own.layer_decay ** (encoder.num_layers - encoder.depth(parameter.removeprefix("backbone.encoder.")))

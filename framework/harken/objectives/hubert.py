@@ -1,0 +1,164 @@
+"""HuBERT: masked prediction of hidden units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harken.config.registry import SlotConfig, register
+from harken.config.schema import RunConfig
+from harken.core.batch import Batch
+from harken.core.draws import Draws
+from harken.core.errors import HarkenError
+from harken.core.frames import FrameSpec
+from harken.core.loss import Loss, Metrics
+from harken.data.masking import SpanMask
+from harken.encoders.backbone import Backbone
+from harken.objectives.base import Objective
+from harken.units.alignment import UnitReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubertConfig(SlotConfig):
+    """Defaults are HuBERT Base's (arXiv 2106.07447 section IV-C; fairseq `hubert_base_librispeech.yaml`)."""
+
+    classes: tuple[int, ...]
+    """Units of each codebook; must equal the K of `data.labels`."""
+    mask_probability: float = 0.8
+    """fairseq `mask_prob`."""
+    mask_length: int = 10
+    """fairseq `mask_length`, in frames."""
+    code_dim: int = 256
+    """fairseq `final_dim`; 768 in Large."""
+    temperature: float = 0.1
+    """fairseq `logit_temp`."""
+    masked_weight: float = 1.0
+    """fairseq `pred_masked_weight`."""
+    unmasked_weight: float = 0.0
+    """fairseq `pred_nomask_weight`."""
+    penalty_weight: float = 10.0
+    """Weight of the mean square of the frontend's output; fairseq `loss_weights: [10]`."""
+    separate_projections: bool = False
+    """One projection for each codebook; fairseq `untie_final_proj`."""
+
+
+@dataclass(frozen=True)
+class HubertPrepare:
+    """Draws the masks and reads the units."""
+
+    spec: FrameSpec
+    mask: SpanMask
+    units: UnitReader
+    unmasked_weight: float
+
+    def __call__(self, batch: Batch, draws: Draws) -> Batch:
+        """Add `labels` `(B, T, C)`, and `masked`, `unmasked`: positions of those frames in the flattened `(B * T)`."""
+        lengths = self.spec.num_frames(batch.lengths).numpy()
+        size = int(self.spec.num_frames(batch.inputs.shape[1]))
+        masked = np.zeros((len(batch.ids), size), dtype=np.bool_)
+        for row, (cut, length) in enumerate(zip(batch.ids, lengths, strict=True)):
+            masked[row, :length] = self.mask.draw(int(length), draws.generator("mask", cut))
+        real = np.arange(size)[None, :] < lengths[:, None]
+        labels = self.units.read(batch, size)
+        targets = {
+            "labels": torch.from_numpy(labels),
+            "mask": torch.from_numpy(masked),
+            "masked": torch.from_numpy(np.flatnonzero(masked)),
+            "unmasked": torch.from_numpy(np.flatnonzero(real & ~masked)),
+        }
+        count = len(targets["masked"]) + (len(targets["unmasked"]) if self.unmasked_weight else 0)
+        return replace(batch, targets={**batch.targets, **targets}, num_targets=float(count))
+
+
+class CosineCodes(nn.Module):
+    """Logits of units: cosine similarity of a projected frame to each unit's embedding, over a temperature.
+
+    One matrix product of normalised vectors; no frames x units x dim tensor exists.
+    Source: arXiv 2106.07447 equation 3.
+    """
+
+    def __init__(self, classes: tuple[int, ...], dim: int, temperature: float) -> None:
+        super().__init__()
+        self.classes = classes
+        self.temperature = temperature
+        self.embeddings = nn.Parameter(torch.rand(sum(classes), dim))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map projected frames `(N, C, dim)` to logits `(N, classes[c])` of each codebook."""
+        codes = functional.normalize(self.embeddings.float(), dim=-1).split(self.classes)
+        x = functional.normalize(x.float(), dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            return [x[:, index] @ code.T / self.temperature for index, code in enumerate(codes)]
+
+
+@register("objective", HubertConfig)
+class Hubert(Objective):
+    """Predicts the units of masked frames.
+
+    The features penalty of an utterance is its mean square times its masked frames, so that it does not depend on
+    how utterances share batches; in a batch of equal lengths and counts this is fairseq's.
+    """
+
+    def __init__(self, config: HubertConfig, run: RunConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.heads = len(config.classes) if config.separate_projections else 1
+        self.project = nn.Linear(backbone.dim, config.code_dim * self.heads)
+        self.codes = CosineCodes(config.classes, config.code_dim, config.temperature)
+
+    @staticmethod
+    def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> HubertPrepare:
+        """Return the mask and label reader; masks are drawn in validation too, as the loss is over masked frames."""
+        own = cast(HubertConfig, config.objective)
+        if not config.data.labels:
+            raise HarkenError("`data.labels` must name a unit store for each codebook; `harken units label` makes one")
+        mask = SpanMask(probability=own.mask_probability, length=own.mask_length)
+        return HubertPrepare(spec, mask, UnitReader(config.data.labels, spec, own.classes), own.unmasked_weight)
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the cross entropy summed over masked frames and codebooks, plus the features penalty."""
+        mask = batch.targets["mask"]
+        frames, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {"mask": mask})
+        flat = self.backbone.encoder.encode(x, lengths).last.flatten(0, 1)
+        labels = batch.targets["labels"].flatten(0, 1)
+        metrics: Metrics = {}
+        total = frames.new_zeros((), dtype=torch.float32)
+        for where, weight in (("masked", self.config.masked_weight), ("unmasked", self.config.unmasked_weight)):
+            index = batch.targets[where]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+                loss = self._predict(flat[index], labels[index], where, metrics)
+            total = total + weight * loss if weight > 0 else total
+        penalty = self._penalty(frames, lengths, mask)
+        metrics["features_penalty"] = (penalty.detach(), penalty.new_tensor(batch.num_targets))
+        return Loss(total=total + self.config.penalty_weight * penalty, metrics=metrics)
+
+    def head_flops(self, frames: int) -> float:
+        """Count the projection and the similarities, for masked and unmasked frames together."""
+        return 2.0 * frames * (self.project.weight.numel() + self.codes.embeddings.numel())
+
+    def _predict(self, x: Tensor, labels: Tensor, where: str, metrics: Metrics) -> Tensor:
+        """Return the summed cross entropy of frames `(N, D)` with labels `(N, C)`; record its mean and the accuracy."""
+        projected = self.project(x).unflatten(-1, (self.heads, -1)).expand(-1, len(self.config.classes), -1)
+        losses, hits = [], []
+        for codebook, logits in enumerate(self.codes(projected)):
+            losses.append(functional.cross_entropy(logits, labels[:, codebook].long(), reduction="sum"))
+            hits.append((logits.detach().argmax(-1) == labels[:, codebook]).sum())
+        loss = torch.stack(losses).sum()
+        count = loss.new_tensor(float(len(x)))
+        metrics["loss" if where == "masked" else "loss_unmasked"] = (loss.detach(), count)
+        metrics[f"accuracy_{where}"] = (torch.stack(hits).sum().float(), count * len(losses))
+        return loss
+
+    @staticmethod
+    def _penalty(frames: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        """Return the sum over utterances of (mean square of real frames) x (masked frames)."""
+        squares = frames.float().square().mean(-1)
+        count = lengths.to(frames.device).clamp(min=1)
+        real = torch.arange(frames.shape[1], device=frames.device)[None, :] < count[:, None]
+        return ((squares * real).sum(1) / count * mask.sum(1)).sum()

@@ -1,0 +1,37 @@
+"""Building objectives, fresh or from saved models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from harken.config.registry import build, find
+from harken.config.schema import RunConfig
+from harken.core.frames import FrameSpec
+from harken.encoders.backbone import build_backbone
+from harken.encoders.saved import backbone_weights, find_model, load_config, load_into, load_weights
+from harken.objectives.base import Objective, Prepare
+
+
+def build_objective(config: RunConfig) -> Objective:
+    """Build the objective that a configuration names; `train.init_from` gives its backbone a saved model's weights."""
+    backbone = build_backbone(config)
+    if config.train.init_from is not None:
+        folder = find_model(config.train.init_from)
+        load_into(backbone, backbone_weights(folder), folder)
+    return cast(Objective, build("objective", config.objective, run=config, backbone=backbone))
+
+
+def build_prepare(config: RunConfig, spec: FrameSpec, *, train: bool) -> Prepare:
+    """Build the objective's part that runs in the loader's workers."""
+    part = cast(type[Objective], find("objective", config.objective.name).build)
+    return part.preparer(config, spec, train=train)
+
+
+def load_objective(path: str | Path) -> tuple[Objective, RunConfig]:
+    """Load a saved model with its head, in evaluation mode on the CPU, and its configuration."""
+    folder = find_model(path)
+    config = load_config(folder)
+    model = cast(Objective, build("objective", config.objective, run=config, backbone=build_backbone(config)))
+    load_into(model, load_weights(folder), folder)
+    return model.eval(), config

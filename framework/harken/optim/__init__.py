@@ -1,0 +1,1 @@
+"""Optimisers, schedules, parameter groups and weight averages."""

@@ -1,0 +1,55 @@
+"""An exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Keeps `decay * average + (1 - decay) * weight` of every parameter in float32.
+
+    The decay is lowered to (1 + n) / (10 + n) in the first updates n, so that the start is forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.average = {name: parameter.detach().clone().float() for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the weights."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages = list(self.average.values())
+        torch._foreach_lerp_(averages, [parameter.detach().float() for _, parameter in model.named_parameters()], 1 - decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Put the average in the place of the weights for a while."""
+        kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self._copy(model, self.average)
+        try:
+            yield
+        finally:
+            self._copy(model, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(model: nn.Module, values: dict[str, Tensor]) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages and the update count."""
+        return {**self.average, "#updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved average."""
+        self.updates = int(state["#updates"])
+        for name, value in self.average.items():
+            value.copy_(state[name])

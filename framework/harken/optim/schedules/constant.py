@@ -1,0 +1,27 @@
+"""One rate for the whole run, after a warm-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harken.config.registry import SlotConfig, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantConfig(SlotConfig):
+    """`rate` after `warmup_steps`."""
+
+    rate: float
+    warmup_steps: int = 0
+
+
+@register("schedule", ConstantConfig)
+class Constant:
+    """Linear warm-up to a rate that stays."""
+
+    def __init__(self, config: ConstantConfig, steps: int) -> None:
+        self.config = config
+
+    def __call__(self, step: int) -> float:
+        """Return the rate after `step` steps."""
+        return self.config.rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))

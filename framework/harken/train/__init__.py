@@ -1,0 +1,1 @@
+"""The one loop, its state, checkpoints, metrics and logs."""

@@ -1,0 +1,157 @@
+"""The loop: it knows steps, not objectives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harken.config.schema import RunConfig
+from harken.core import distributed, draws
+from harken.core.batch import Batch
+from harken.core.errors import HarkenError
+from harken.data.loader import EvalLoader, Position, TrainLoader
+from harken.engine.base import Engine
+from harken.optim.ema import WeightAverage
+from harken.optim.groups import RateScale, set_rates
+from harken.optim.schedules.base import Schedule
+from harken.train.checkpoint import Checkpoints
+from harken.train.log import RunLog, duration, say
+from harken.train.metrics import Meter
+from harken.train.signals import StopRequest
+from harken.train.speed import Speedometer
+from harken.train.state import TrainState
+from harken.train.validate import validate
+
+
+@dataclass
+class Run:
+    """Everything a loop needs, built by `harken.train.run`."""
+
+    config: RunConfig
+    folder: Path
+    engine: Engine
+    loader: TrainLoader
+    valid: EvalLoader | None
+    schedule: Schedule
+    rate_scale: RateScale
+    group_names: list[str]
+    flops: Callable[[Batch], float]
+    after_step: Callable[[int], None]
+    checkpoints: Checkpoints
+    log: RunLog
+    speed: Speedometer
+    average: WeightAverage | None = None
+    state: TrainState = field(default_factory=TrainState)
+    meter: Meter = field(default_factory=Meter)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+def train(run: Run) -> str:
+    """Take steps until the end, an early stop, or a signal; return which: `finished`, `early stop`, `stopped`."""
+    config, state = run.config, run.state
+    started, wall_before, first_step = time.perf_counter(), state.wall_seconds, state.step
+    run.engine.model.train()
+    steps = run.loader.steps(state.position)
+    saved = state.step
+    while state.step < config.train.steps:
+        waiting = time.perf_counter()
+        batches, position = next(steps)
+        run.speed.waited += time.perf_counter() - waiting
+        applied = _step(run, batches)
+        _advance(run, batches, position, applied=applied)
+        state.wall_seconds = wall_before + time.perf_counter() - started
+        if state.step % config.log.every_steps == 0 or state.step == config.train.steps:
+            left = (time.perf_counter() - started) / (state.step - first_step) * (config.train.steps - state.step)
+            _log(run, left)
+        excluded = time.perf_counter()
+        score, give_up = None, False
+        if run.valid is not None and (state.step % config.train.valid_every_steps == 0 or state.step == config.train.steps):
+            score, give_up = _validate(run)
+        stopping = run.stop.agreed()
+        if state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps or stopping or give_up or score is not None:
+            run.checkpoints.save(run.engine, state, run.average, score)
+            saved = state.step
+        run.speed.excluded += time.perf_counter() - excluded
+        if stopping:
+            say(f"asked to stop: saved step {saved}; the same command continues from there")
+            return "stopped"
+        if give_up:
+            say(f"no better `{config.checkpoint.metric}` in {config.train.patience} validations: stopping at step {state.step}")
+            return "early stop"
+    say(f"finished {state.step} steps, {state.seconds / 3600:.2f} h of audio, in {duration(state.wall_seconds)}")
+    return "finished"
+
+
+def _step(run: Run, batches: list[Batch]) -> bool:
+    """Run a step's micro-batches of this rank and the optimiser; the gradient is that of the mean over all targets."""
+    config, state = run.config, run.state
+    # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter
+    targets = distributed.sum_over_ranks([sum(batch.num_targets for batch in batches)])[0]
+    set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
+    for place, batch in enumerate(batches):
+        draws.begin_micro_batch(config.seed, state.step, batch.micro_batch)
+        loss = run.engine(batch)
+        run.engine.backward(loss.total / max(targets, 1.0), last=place == len(batches) - 1)
+        run.meter.add(loss.metrics)
+        run.speed.add(batch, run.flops(batch))
+        run.log.samples(state.step + 1, batch)
+    applied = run.engine.step()
+    if applied:
+        if run.average is not None:
+            run.average.update(run.engine.model)
+        run.after_step(state.step + 1)
+    else:
+        state.skipped_steps += 1
+        ids = [cut for batch in batches for cut in batch.ids]
+        say(f"WARNING step {state.step + 1} skipped: its gradient is not finite; cuts of this rank: {', '.join(ids[:20])}")
+    return applied
+
+
+def _advance(run: Run, batches: list[Batch], position: Position, *, applied: bool) -> None:
+    state = run.state
+    state.step += 1
+    state.position = position
+    rate = run.config.data.sample_rate
+    rows, seconds = distributed.sum_over_ranks([float(sum(len(b.ids) for b in batches)), sum(b.real for b in batches) / rate])
+    state.seconds += seconds
+    state.cuts_read += int(rows)
+    for note in (note for batch in batches for note in batch.notes):
+        if note.cut not in state.noted.setdefault(note.kind, {}):
+            state.noted[note.kind][note.cut] = note.reason
+            print(f"NOTE {note.kind}: {note.reason}", flush=True)
+    bad, allowed = len(state.noted.get("replaced", {})), run.config.data.max_bad_share
+    if bad > 10 and bad > allowed * state.cuts_read:
+        names = ", ".join(list(state.noted["replaced"])[:10])
+        raise HarkenError(f"{bad} of {state.cuts_read} cuts could not be read, more than `data.max_bad_share` {allowed}: {names}, ...; run `harken data verify {run.config.data.train}`")
+    run.log.advance()
+
+
+def _log(run: Run, left: float) -> None:
+    figures = run.meter.read()
+    figures["gradient_norm"] = run.engine.grad_norm
+    figures["learning_rate"] = run.schedule(run.state.step - 1)
+    figures.update(run.speed.read())
+    run.log.write("train", run.state.step, figures, epoch=run.state.position.epoch, hours=run.state.seconds / 3600, wall=run.state.wall_seconds)
+    run.log.line("train", run.state.step, figures, left)
+
+
+def _validate(run: Run) -> tuple[float, bool]:
+    """Validate (with the averaged weights where kept); return the score and whether patience has run out."""
+    assert run.valid is not None
+    if run.average is not None:
+        with run.average.applied(run.engine.model):
+            figures = validate(run.engine, run.valid)
+    else:
+        figures = validate(run.engine, run.valid)
+    run.log.write("valid", run.state.step, figures)
+    run.log.line("valid", run.state.step, figures)
+    metric, state, keep = run.config.checkpoint.metric, run.state, run.config.checkpoint
+    if metric not in figures:
+        raise HarkenError(f"`checkpoint.metric` must be one of {sorted(figures)}, got `{metric}`")
+    score = figures[metric]
+    better = state.best_score is None or (score > state.best_score if keep.higher_is_better else score < state.best_score)
+    state.best_score = score if better else state.best_score
+    state.validations_without_best = 0 if better else state.validations_without_best + 1
+    return score, bool(run.config.train.patience and state.validations_without_best >= run.config.train.patience)

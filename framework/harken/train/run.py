@@ -1,0 +1,155 @@
+"""From a configuration to a run: everything is built and checked here, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from harken.config.load import flatten, to_yaml
+from harken.config.registry import build
+from harken.config.schema import RunConfig
+from harken.core import distributed
+from harken.core.batch import Batch
+from harken.core.errors import HarkenError
+from harken.core.files import write_text_atomic
+from harken.core.frames import FrameSpec
+from harken.data.dataset import Prepare
+from harken.data.loader import EvalLoader, Position, TrainLoader
+from harken.encoders.saved import load_config
+from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
+from harken.optim.ema import WeightAverage
+from harken.optim.groups import parameter_groups
+from harken.optim.schedules.base import Schedule
+from harken.train.checkpoint import Checkpoints
+from harken.train.log import RunLog, say
+from harken.train.loop import Run, train
+from harken.train.speed import Speedometer, peak_tflops
+from harken.train.state import TrainState
+
+
+class Trainable(Protocol):
+    """What this package needs of an objective, which it never imports."""
+
+    def flops(self, batch: Batch) -> float:
+        """Operations of a training step."""
+        ...
+
+    def rate_scale(self, parameter: str, step: int) -> float:
+        """Factor on a parameter's learning rate."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Update what the optimiser does not."""
+        ...
+
+
+MakeObjective = Callable[[RunConfig], nn.Module]
+MakePrepare = Callable[[bool], Prepare]
+
+
+def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> str:
+    """Train, or continue the run that is in `folder`; return how it ended (see `harken.train.loop.train`).
+
+    make: builds the objective with fresh weights. prepare: builds its worker part, for training or validation.
+    spec: the frontend's frame arithmetic.
+    """
+    start_processes(config.engine)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _build(config, folder, make, prepare, spec)
+    try:
+        if run.state.step >= config.train.steps:
+            say(f"{folder} has already taken its {config.train.steps} steps: nothing to do")
+            return "finished"
+        return train(run)
+    finally:
+        run.log.close()
+
+
+def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
+    rank, world = distributed.rank(), distributed.world_size()
+    loader = TrainLoader(config.data, config.batch, prepare(True), seed=config.seed, hop=spec.stride, rank=rank, world_size=world)
+    say(f"training data {config.data.train}: {loader.selection.describe()}; {loader.steps_in(0)} steps an epoch")
+    valid = None
+    if config.data.valid is not None:
+        valid = EvalLoader(config.data.valid, config.data, config.batch.max_seconds, prepare(False), rank=rank, world_size=world)
+    torch.manual_seed(config.seed)  # the weights: equal on every rank and for every number of ranks
+    model = make(config)
+    part = cast(Trainable, model)
+    names: list[str] = []
+
+    def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
+        groups = parameter_groups(module, part.rate_scale)
+        names.extend(group_names(groups))
+        return cast(torch.optim.Optimizer, build("optimizer", config.optimizer, groups=groups))
+
+    engine = DeepSpeedEngine(model, make_optimizer, config.engine, config.train)
+    average = _average(config, engine.model)
+    checkpoints = Checkpoints(folder, config)
+    state = _resume(checkpoints, engine, average)
+    if distributed.is_main():
+        write_text_atomic(folder / "config.yaml", to_yaml(config))
+    dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+    peak = config.log.peak_tflops or peak_tflops(dtype)
+    _describe(model, config, peak)
+    return Run(
+        config=config,
+        folder=folder,
+        engine=engine,
+        loader=loader,
+        valid=valid,
+        schedule=cast(Schedule, build("schedule", config.schedule, steps=config.train.steps)),
+        rate_scale=part.rate_scale,
+        group_names=names,
+        flops=part.flops,
+        after_step=part.after_step,
+        checkpoints=checkpoints,
+        log=RunLog(folder, total_steps=config.train.steps, tensorboard=config.log.tensorboard, samples=config.log.samples, start_step=state.step),
+        speed=Speedometer(config.data.sample_rate, peak),
+        average=average,
+        state=state,
+    )
+
+
+def _average(config: RunConfig, model: nn.Module) -> WeightAverage | None:
+    if not config.train.ema_decay:
+        return None
+    if config.engine.zero_stage == 3:
+        raise HarkenError("`train.ema_decay` needs whole weights on each rank, which `engine.zero_stage: 3` does not keep: use stage 0, 1 or 2")
+    return WeightAverage(model, config.train.ema_decay)
+
+
+def _resume(checkpoints: Checkpoints, engine: DeepSpeedEngine, average: WeightAverage | None) -> TrainState:
+    newest = checkpoints.newest()
+    if newest is None:
+        return TrainState(position=Position())
+    changed = config_changes(load_config(newest), checkpoints.config)
+    if changed:
+        say(f"WARNING the configuration differs from that of {newest}:\n  " + "\n  ".join(changed))
+    state = checkpoints.load(newest, engine, average)
+    say(f"continuing from {newest}: step {state.step}, epoch {state.position.epoch}, {state.seconds / 3600:.2f} h of audio seen")
+    return state
+
+
+def config_changes(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return one line for each value that differs."""
+    before, after = flatten(asdict(old)), flatten(asdict(new))
+    missing: Any = "(not there)"
+    keys = sorted(before.keys() | after.keys())
+    return [
+        f"{key}: was {before.get(key, missing)!r}, is {after.get(key, missing)!r}" for key in keys if before.get(key, missing) != after.get(key, missing)
+    ]
+
+
+def _describe(model: nn.Module, config: RunConfig, peak: float) -> None:
+    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters() if parameter.requires_grad)
+    say(
+        f"{config.objective.name} on {config.encoder.name} and {config.frontend.name}: {total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained; "
+        f"{distributed.world_size()} process(es), {torch.get_num_threads()} threads, ZeRO {config.engine.zero_stage}, "
+        f"{config.engine.precision}; peak {peak:.2f} TFLOP/s"
+    )

@@ -1,0 +1,84 @@
+"""How fast a run is: audio seconds a second, padding, time waiting for data, share of the device's peak."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from harken.core import distributed
+from harken.core.batch import Batch
+
+# dense bf16 peaks from NVIDIA's data sheets, TFLOP/s
+_KNOWN_PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A6000": 155.0, "V100": 125.0, "T4": 65.0}
+
+
+def peak_tflops(dtype: torch.dtype) -> float:
+    """Return the peak of this process's device in TFLOP/s: a data sheet's for a known GPU, else measured.
+
+    Measured means the best of five large matrix products in `dtype`, so utilisation is relative to what torch can reach here.
+    """
+    device = distributed.device()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in _KNOWN_PEAKS.items():
+            if known in name:
+                return peak
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
+
+
+def memory_gib() -> float:
+    """Return the largest memory so far in GiB: of the GPU's allocator, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.Process().memory_info().rss) / 2**30
+
+
+@dataclass
+class Speedometer:
+    """Sums of one log interval on this rank."""
+
+    sample_rate: int
+    peak: float
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    excluded: float = 0.0
+    flops: float = 0.0
+    real: float = 0.0
+    padded: float = 0.0
+
+    def add(self, batch: Batch, flops: float) -> None:
+        """Count a batch."""
+        self.real += batch.real / self.sample_rate
+        self.padded += batch.padded / self.sample_rate
+        self.flops += flops
+
+    def read(self) -> dict[str, float]:
+        """Return the interval's figures over all ranks and start anew. Time spent validating and saving is not in them."""
+        now = time.perf_counter()
+        elapsed = max(now - self.started - self.excluded, 1e-9)
+        real, padded, flops, waited = distributed.sum_over_ranks([self.real, self.padded, self.flops, self.waited])
+        world = distributed.world_size()
+        figures = {
+            "audio_seconds_per_second": real / elapsed,
+            "padding_percent": 100 * (1 - real / padded) if padded else 0.0,
+            "data_wait_percent": 100 * waited / world / elapsed,
+            "mfu_percent": 100 * flops / world / elapsed / (self.peak * 1e12),
+            "memory_gib": memory_gib(),
+        }
+        self.started, self.waited, self.excluded = now, 0.0, 0.0
+        self.flops = self.real = self.padded = 0.0
+        return figures

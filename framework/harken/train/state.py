@@ -1,0 +1,37 @@
+"""Where a run is: everything but weights that continuing it needs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from harken.data.loader import Position
+
+
+@dataclass
+class TrainState:
+    """Counters of a run.
+
+    step: optimiser steps taken (skipped ones too). position: of the data plan. seconds: audio seen over all ranks.
+    replaced, left_out: cut ids with reasons. best: validation scores of kept checkpoints, best first.
+    There is no random state in it: every draw is a function of the seed and the position.
+    """
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    seconds: float = 0.0
+    wall_seconds: float = 0.0
+    skipped_steps: int = 0
+    cuts_read: int = 0
+    noted: dict[str, dict[str, str]] = field(default_factory=dict)
+    best_score: float | None = None
+    validations_without_best: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainState:
+        """Read what `to_dict` gave."""
+        return cls(**{**data, "position": Position(**data["position"])})

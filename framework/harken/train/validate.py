@@ -1,0 +1,27 @@
+"""The loss and metrics over a validation manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from harken.core.batch import Batch
+from harken.engine.base import Engine
+from harken.train.metrics import Meter
+
+
+def validate(engine: Engine, batches: Iterable[tuple[Batch, bool]]) -> dict[str, float]:
+    """Return the metrics of a loader's batches over all ranks; masks are the same at every validation."""
+    meter = Meter()
+    training = engine.model.training
+    engine.model.eval()
+    with torch.no_grad():
+        for batch, counts in batches:
+            loss = engine(batch)
+            if counts:
+                meter.add(loss.metrics)
+            else:  # this rank repeats a batch so that ranks stay in step; add its names with no weight
+                meter.add({name: (value * 0, weight * 0) for name, (value, weight) in loss.metrics.items()})
+    engine.model.train(training)
+    return meter.read()

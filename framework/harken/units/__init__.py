@@ -1,0 +1,1 @@
+"""What masked prediction predicts: clusterers and the packed store of their labels."""

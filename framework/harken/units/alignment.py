@@ -1,0 +1,65 @@
+"""Which label belongs to which frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harken.core.batch import Batch
+from harken.core.errors import HarkenError
+from harken.core.frames import FrameSpec
+from harken.units.store import LabelStore
+
+
+class UnitReader:
+    """Reads the labels of a batch at its frames: for each frame the label whose middle is nearest to the frame's middle.
+
+    For MFCC units at 100 Hz and frames at 50 Hz that is every second label, as fairseq takes.
+    """
+
+    def __init__(self, stores: Sequence[str], spec: FrameSpec, classes: Sequence[int]) -> None:
+        self.folders = list(stores)
+        self.spec = spec
+        self._stores: list[LabelStore] | None = None
+        self._check(classes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stores": None}
+
+    @property
+    def stores(self) -> list[LabelStore]:
+        """The stores, opened at first use in each process."""
+        if self._stores is None:
+            self._stores = [LabelStore(folder) for folder in self.folders]
+        return self._stores
+
+    def _check(self, classes: Sequence[int]) -> None:
+        if len(self.folders) != len(classes):
+            raise HarkenError(f"`data.labels` must name one store for each codebook of `objective.classes`, got {len(self.folders)} and {len(classes)}")
+        for store, count in zip(self.stores, classes, strict=True):
+            if store.card.clusters != count:
+                raise HarkenError(f"`objective.classes` must equal the clusters of {store.folder}, got {count} and {store.card.clusters}")
+            if store.card.sample_rate != self.spec.sample_rate:
+                raise HarkenError(f"{store.folder} was labelled at {store.card.sample_rate} Hz, the frontend reads {self.spec.sample_rate} Hz")
+
+    def read(self, batch: Batch, frames: int) -> NDArray[np.int32]:
+        """Return `(B, frames, C)` labels; padded frames hold 0 and belong to no loss.
+
+        Raises HarkenError when a cut has fewer labels than its frames need (more than two missing).
+        """
+        lengths = self.spec.num_frames(batch.lengths).numpy()
+        middle = (self.spec.receptive_field - 1) / 2 + self.spec.stride * np.arange(frames)
+        labels = np.zeros((len(batch.ids), frames, len(self.stores)), dtype=np.int32)
+        for codebook, store in enumerate(self.stores):
+            for row, (cut, count, start) in enumerate(zip(batch.ids, lengths, batch.starts.tolist(), strict=True)):
+                values = store[cut]
+                places = np.rint((start + middle[:count] - store.card.center) / store.card.hop).astype(np.int64)
+                if count and places[-1] > len(values) + 1:
+                    raise HarkenError(
+                        f"cut `{cut}` has {len(values)} labels in {store.folder} and needs {int(places[-1]) + 1}: the audio or the label rate changed"
+                    )
+                labels[row, :count, codebook] = values[places.clip(0, len(values) - 1)]
+        return labels

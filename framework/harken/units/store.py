@@ -1,0 +1,99 @@
+"""The packed label store: unsigned integers in one memory-mapped file, an index, and a card that says what they are.
+
+A store is a folder:
+
+    card.json    what made the labels: clusterer and its hash, features, layer, rate, K, manifests
+    ids.txt      cut ids, sorted, one a line
+    index.npy    (N + 1) int64: where each cut's labels begin; the last entry is the total
+    labels.bin   the labels of all cuts, end to end, uint8 or uint16
+    pieces/      while labelling only: a marker with a checksum for each finished piece
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harken.core.errors import HarkenError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a store's labels are.
+
+    rate: labels a second. center: sample at the middle of what label 0 saw. hop: samples between labels.
+    """
+
+    clusters: int
+    sample_rate: int
+    hop: int
+    center: int
+    features: str
+    clusterer: str
+    dtype: str
+    cuts: int
+    labels: int
+
+    @property
+    def rate(self) -> float:
+        """Labels a second."""
+        return self.sample_rate / self.hop
+
+    def write(self, folder: Path) -> None:
+        """Write card.json into the folder of a store."""
+        (folder / "card.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+class LabelStore:
+    """Read access to a store; opening costs the same for any size, and processes share the pages."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.card = self._read_card()
+
+    def _read_card(self) -> Card:
+        path = self.folder / "card.json"
+        if not path.is_file():
+            unfinished = (self.folder / "pieces").is_dir()
+            hint = "its labelling did not finish: run the same `harken units label` again" if unfinished else "`harken units label` makes one"
+            raise HarkenError(f"no finished label store at {self.folder}; {hint}")
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        card = Card(**data)
+        expected = card.labels * np.dtype(card.dtype).itemsize
+        found = (self.folder / "labels.bin").stat().st_size
+        if found != expected:
+            raise HarkenError(f"{self.folder}/labels.bin must be {expected} bytes by its card, found {found}: make the labels again")
+        return card
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Cut ids in the order of the store."""
+        return (self.folder / "ids.txt").read_text(encoding="utf-8").splitlines()
+
+    @cached_property
+    def index(self) -> NDArray[np.int64]:
+        """Where each cut's labels begin."""
+        index: NDArray[np.int64] = np.load(self.folder / "index.npy", mmap_mode="r")
+        return index
+
+    @cached_property
+    def values(self) -> NDArray[np.unsignedinteger[Any]]:
+        """All labels, memory-mapped."""
+        return np.memmap(self.folder / "labels.bin", dtype=self.card.dtype, mode="r")
+
+    def __getitem__(self, cut: str) -> NDArray[np.unsignedinteger[Any]]:
+        """Return the labels of a cut.
+
+        Raises HarkenError when the store has none for it.
+        """
+        place = bisect_left(self.ids, cut)
+        if place == len(self.ids) or self.ids[place] != cut:
+            raise HarkenError(f"label store {self.folder} has no labels for cut `{cut}`: it was made from another manifest")
+        return self.values[self.index[place] : self.index[place + 1]]
