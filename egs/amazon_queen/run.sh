@@ -65,23 +65,41 @@ make_units() { # CONFIGURATION UNITS ARGUMENT...: fit the clusters, then label e
 }
 stage 4 units1 "$data/index" "$exp/units1" make_units "$recipe/conf/units1.yaml" "$exp/units1" %force
 
-stage 5 pretrain1 "$data/index $exp/units1" "$exp/pretrain1" \
-  "${parallel[@]}" train "$conf" "$recipe/conf/pretrain1.yaml" "exp=$exp/pretrain1" "units=$exp/units1" %force
+train_model() { # FOLDER [--force] ARGUMENT...: a run that is there is continued, with --force it is put aside
+  local folder="$1"
+  shift
+  if [ "${1:-}" = --force ]; then
+    shift
+    if [ -d "$folder" ]; then
+      rm -rf "$folder.old"
+      mv "$folder" "$folder.old"
+    fi
+  fi
+  "${parallel[@]}" train "$@" --exp "$folder"
+}
+stage 5 pretrain1 "$data/index $exp/units1" "$exp/pretrain1" train_model "$exp/pretrain1" %force \
+  "$recipe/conf/pretrain.yaml" "$conf" "data.train=$data/index/train" "data.labels=$exp/units1"
 
 stage 6 units2 "$data/index $exp/pretrain1" "$exp/units2" \
   make_units "$recipe/conf/units2.yaml" "$exp/units2" "model=$exp/pretrain1" %force
 
-stage 7 pretrain2 "$data/index $exp/units2" "$exp/pretrain2" \
-  "${parallel[@]}" train "$conf" "$recipe/conf/pretrain2.yaml" "exp=$exp/pretrain2" "units=$exp/units2" %force
+stage 7 pretrain2 "$data/index $exp/units2" "$exp/pretrain2" train_model "$exp/pretrain2" %force \
+  "$recipe/conf/pretrain.yaml" "$conf" "data.train=$data/index/train" "data.labels=$exp/units2"
 
-stage 8 finetune "$data/index $exp/pretrain2" "$exp/finetune" \
-  "${parallel[@]}" train "$conf" "$recipe/conf/finetune.yaml" "exp=$exp/finetune" "init=$exp/pretrain2" %force
+stage 8 finetune "$data/index $exp/pretrain2" "$exp/finetune" train_model "$exp/finetune" %force \
+  "$recipe/conf/finetune.yaml" "$conf" "data.train=$data/index/train" "init=$exp/pretrain2"
 
-stage 9 decode "$data/index $exp/finetune" "$exp/decode" \
-  "${harken[@]}" decode "$exp/finetune" --cuts "$data/index" --splits test,test-unseen --out "$exp/decode" %force
+decode_and_score() { # MODEL OUT
+  local model="$1" out="$2" split
+  for split in test test-unseen; do
+    "${harken[@]}" decode "$model" --cuts "$data/index/$split" --out "$out/$split.jsonl"
+    "${harken[@]}" score "$out/$split.jsonl" --out "$out/$split-score"
+  done
+}
+stage 9 decode "$data/index $exp/finetune" "$exp/decode" decode_and_score "$exp/finetune" "$exp/decode"
 
 stage 10 report "$exp/pretrain1 $exp/pretrain2 $exp/finetune $exp/decode" "$exp/report.html" \
   "${harken[@]}" report "$exp"
 
 stages_summary
-echo "report: $exp/report.html"
+if [ -f "$exp/report.html" ]; then echo "report: $exp/report.html"; fi

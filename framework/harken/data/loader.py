@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -111,6 +114,7 @@ class EvalLoader:
 
 
 def _loader(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: DataConfig) -> DataLoader[Batch]:
+    atexit.register(_kill_workers)
     return DataLoader(
         dataset,
         batch_size=None,
@@ -118,15 +122,19 @@ def _loader(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: Da
         num_workers=config.workers,
         prefetch_factor=config.prefetch_batches if config.workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         collate_fn=None,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Workers leave the cores to the model, and leave signals to the main process, which saves and ends them."""
-    import signal
-
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _kill_workers() -> None:
+    """End workers for good when the main process exits: they ignore the SIGTERM that Python would wait for."""
+    for child in multiprocessing.active_children():
+        child.kill()

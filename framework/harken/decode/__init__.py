@@ -1,1 +1,1 @@
-"""From a model's log-probabilities to token ids: CTC best path, and prefix beam search with or without an n-gram model."""
+"""From log-probabilities to token ids: CTC best path, and prefix beam search with or without an n-gram model."""

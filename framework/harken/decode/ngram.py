@@ -135,8 +135,8 @@ class NGramScorer:
         if missing and (UNKNOWN not in model.id_of or len(missing) == len(words) - 1):
             few = " ".join(missing[:10]) + (" ..." if len(missing) > 10 else "")
             raise HarkenError(
-                f"the n-gram model must have the tokens of the search, but {len(missing)} of {len(words) - 1} are not in it "
-                f"({few}); train it on texts cut by the same tokenizer"
+                f"the n-gram model must have the tokens of the search, but {len(missing)} of {len(words) - 1} are not "
+                f"in it ({few}); train it on texts cut by the same tokenizer"
             )
         unknown = model.id_of.get(UNKNOWN, 0)
         self._columns = np.array([model.id_of.get(word, unknown) for word in words], dtype=np.int64)

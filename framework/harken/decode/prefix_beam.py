@@ -8,9 +8,9 @@ prefix. A prefix l is ranked by
 
 and, at the end, w * log P_lm(end of sentence | l) is added.
 
-Source: Graves 2012, "Supervised sequence labelling with recurrent neural networks", section 7.5 (prefix search); Hannun
-et al. 2014, "First-pass large vocabulary continuous speech recognition using bi-directional recurrent DNNs", algorithm 1;
-the bonus for each token: Maas et al. 2015, "Lexicon-free conversational speech recognition with neural networks".
+Source: Graves 2012, "Supervised sequence labelling with recurrent neural networks", section 7.5 (prefix search);
+Hannun et al. 2014, "First-pass large vocabulary continuous speech recognition using bi-directional recurrent DNNs"; the
+bonus for each token: Maas et al. 2015, "Lexicon-free conversational speech recognition with neural networks".
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class BeamOptions:
     """What the search keeps and how it weighs.
 
     `bonus` is (V,), added once for each token of a prefix. In a frame a prefix grows only by the `token_top_k` most
-    probable tokens that have at least `token_min_log_prob`; None does not prune. Repeats and blanks are never pruned.
+    probable tokens that have at least `token_min_log_prob`; None does not prune. Blanks, repeats
+    and growth into a prefix that is in the beam already are never pruned.
     """
 
     blank: int
@@ -79,8 +80,8 @@ class BeamOptions:
 def prefix_beam_search(log_probs: npt.NDArray[np.floating], options: BeamOptions) -> list[Hypothesis]:
     """Search one utterance.
 
-    log_probs is (T, V), normalised natural-log probabilities without padding. Returns at most `options.beam` hypotheses,
-    best first; for T = 0 the empty one alone.
+    log_probs is (T, V), normalised natural-log probabilities without padding. Returns at most `options.beam`
+    hypotheses, best first; for T = 0 the empty one alone.
     """
     frames = np.asarray(log_probs, dtype=np.float64)
     prefixes = _Prefixes(options, num_tokens=frames.shape[1])
@@ -94,8 +95,8 @@ def prefix_beam_search(log_probs: npt.NDArray[np.floating], options: BeamOptions
 class _Prefixes:
     """The trie of prefixes made so far.
 
-    A prefix keeps its number when it leaves the beam and comes back, so that its descendants still in the beam are found
-    again.
+    A prefix keeps its number when it leaves the beam and comes back, so that its descendants still in the beam are
+    found again.
     """
 
     def __init__(self, options: BeamOptions, *, num_tokens: int) -> None:
@@ -218,7 +219,7 @@ def _next_beam(
     grown: Floats,
     prefixes: _Prefixes,
 ) -> _Beam:
-    """Put together the prefixes that `stay` and those grown from `rows` by the tokens `grow` to the log-sums `grown`."""
+    """Put together the prefixes that `stay` and those grown from `rows` by the tokens `grow`, log-sums `grown`."""
     parents = beam.numbers[rows]
     fresh = [
         prefixes.child(parent, label) for parent, label in zip(parents.tolist(), grow.tolist(), strict=True)

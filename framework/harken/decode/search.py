@@ -65,8 +65,8 @@ class DecodeConfig:
                 raise HarkenError(f"`decode.{key}` must be a finite number, got {getattr(self, key)}")
         if self.method == "greedy" and (self.ngram is not None or self.insertion_bonus or self.word_bonus):
             raise HarkenError(
-                "`decode.ngram`, `decode.insertion_bonus` and `decode.word_bonus` have no effect with `decode.method` greedy; "
-                "set `decode.method=prefix_beam` or leave them out"
+                "`decode.ngram`, `decode.insertion_bonus` and `decode.word_bonus` have no effect with `decode.method` "
+                "greedy; set `decode.method=prefix_beam` or leave them out"
             )
 
 
@@ -139,7 +139,7 @@ def _checked(log_probs: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
     broken = (log_probs.isnan().any(dim=2) & inside).any(dim=1)
     if bool(broken.any()):
         raise HarkenError(
-            f"{int(broken.sum())} of the {len(broken)} utterances of a batch have NaN log-probabilities (the first is at "
-            f"{int(broken.nonzero()[0])}); the checkpoint or its precision is at fault, not the search"
+            f"{int(broken.sum())} of the {len(broken)} utterances of a batch have NaN log-probabilities (the first is "
+            f"at {int(broken.nonzero()[0])}); the checkpoint or its precision is at fault, not the search"
         )
     return log_probs
