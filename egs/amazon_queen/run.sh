@@ -12,10 +12,12 @@ usage() {
   cat <<'HELP'
 egs/amazon_queen/run.sh: HuBERT on 4.6 hours of acted English, from the corpus to error rates and a report.
 
+Modes: full (the default) takes under an hour on two cores; short, a few minutes, shows that everything works.
+
 Stages:
   1  check      the environment (harken doctor)
   2  corpus     fetch, read, split, manifests (local/prepare.py)
-  3  index      index the manifests, decode every file, statistics
+  3  verify     index the manifests, decode every file, statistics, characters
   4  units1     k-means on MFCC, labels
   5  pretrain1  masked prediction of units1
   6  units2     k-means on a hidden layer of pretrain1, labels
@@ -38,32 +40,44 @@ parse_options "$@"
 
 # What the modes share is made once; everything that depends on the configuration goes to $exp.
 data="$recipe/data"
-corpus_option=()
+conf_files=() corpus_option=()
+if [ -n "$conf" ]; then conf_files=("$conf"); fi
 if [ -n "$corpus" ]; then corpus_option=(--corpus "$corpus"); fi
+if [ "$mode" = short ]; then
+  labelled=train-30min clusters1=50 clusters2=50 layer=4 max_frames=100000
+else
+  labelled=train clusters1=100 clusters2=200 layer=4 max_frames=400000
+fi
+jobs="$(nproc)" # the program: labelling uses every core, whatever --nproc trains on
 
-stage 1 check "$conf" "a list of versions and devices" "${harken[@]}" doctor
+stage 1 check "the machine" "a list of versions and devices" "${harken[@]}" doctor
 
-stage 2 corpus "${corpus:-the Debian package}" "$data/manifests" \
+stage 2 corpus "${corpus:-the Debian package}" "$data/train.jsonl $data/test.jsonl $data/flac/" \
   "$python" "$recipe/local/prepare.py" --out "$data" "${corpus_option[@]}" %force
 
-index_corpus() { # MANIFESTS INDEX: one index for each split, every file decoded once
-  local manifests="$1" index="$2" split
-  for split in train dev test test-unseen; do
-    "${harken[@]}" data index "$manifests/$split.jsonl" --out "$index/$split"
-    "${harken[@]}" data verify "$index/$split"
-    "${harken[@]}" data stats "$index/$split"
+verify_corpus() { # DATA: index every split, decode every file once, describe, list the characters
+  local folder="$1" split
+  for split in train train-10min train-30min train-120min dev test test-unseen; do
+    "${harken[@]}" data index "$folder/$split.jsonl"
   done
+  for split in train dev test test-unseen; do
+    "${harken[@]}" data verify "$folder/$split.jsonl"
+  done
+  "${harken[@]}" data stats "$folder/train.jsonl" "$folder/dev.jsonl" "$folder/test.jsonl" "$folder/test-unseen.jsonl"
+  "${harken[@]}" data tokens "$folder/train.jsonl" --out "$folder/tokens.txt"
 }
-stage 3 index "$data/manifests" "$data/index" index_corpus "$data/manifests" "$data/index"
+stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
 
-make_units() { # CONFIGURATION UNITS ARGUMENT...: fit the clusters, then label every split that training reads
-  local configuration="$1" units="$2"
+make_units() { # OUT CLUSTERS ARGUMENT...: fit the clusters, label what pretraining reads, check
+  local out="$1" clusters="$2"
   shift 2
-  "${parallel[@]}" units fit "$configuration" "exp=$units" "$@"
-  "${parallel[@]}" units label "$configuration" "exp=$units" "$@"
-  "${harken[@]}" units check "$units"
+  rm -rf "$out"
+  "${harken[@]}" units fit "$data/train.jsonl" --out "$out/km" --clusters "$clusters" --max-frames "$max_frames" --jobs "$jobs" "$@"
+  "${harken[@]}" units label "$data/train.jsonl" "$data/dev.jsonl" --clusterer "$out/km" --out "$out/labels" --jobs "$jobs" "$@"
+  "${harken[@]}" units check "$out/labels"
 }
-stage 4 units1 "$data/index" "$exp/units1" make_units "$recipe/conf/units1.yaml" "$exp/units1" %force
+stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
+  make_units "$exp/units1" "$clusters1" --features mfcc --normalize
 
 train_model() { # FOLDER [--force] ARGUMENT...: a run that is there is continued, with --force it is put aside
   local folder="$1"
@@ -77,29 +91,36 @@ train_model() { # FOLDER [--force] ARGUMENT...: a run that is there is continued
   fi
   "${parallel[@]}" train "$@" --exp "$folder"
 }
-stage 5 pretrain1 "$data/index $exp/units1" "$exp/pretrain1" train_model "$exp/pretrain1" %force \
-  "$recipe/conf/pretrain.yaml" "$conf" "data.train=$data/index/train" "data.labels=$exp/units1"
+stage 5 pretrain1 "$data/train.jsonl $exp/units1/labels/" "$exp/pretrain1/checkpoints/" train_model "$exp/pretrain1" %force \
+  "$recipe/conf/$mode/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters1]" \
+  "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$exp/units1/labels]"
 
-stage 6 units2 "$data/index $exp/pretrain1" "$exp/units2" \
-  make_units "$recipe/conf/units2.yaml" "$exp/units2" "model=$exp/pretrain1" %force
+stage 6 units2 "$data/train.jsonl $data/dev.jsonl $exp/pretrain1/checkpoints/" "$exp/units2/labels/" \
+  make_units "$exp/units2" "$clusters2" --features hidden --model "$exp/pretrain1" --layer "$layer"
 
-stage 7 pretrain2 "$data/index $exp/units2" "$exp/pretrain2" train_model "$exp/pretrain2" %force \
-  "$recipe/conf/pretrain.yaml" "$conf" "data.train=$data/index/train" "data.labels=$exp/units2"
+stage 7 pretrain2 "$data/train.jsonl $exp/units2/labels/" "$exp/pretrain2/checkpoints/" train_model "$exp/pretrain2" %force \
+  "$recipe/conf/$mode/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters2]" \
+  "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$exp/units2/labels]"
 
-stage 8 finetune "$data/index $exp/pretrain2" "$exp/finetune" train_model "$exp/finetune" %force \
-  "$recipe/conf/finetune.yaml" "$conf" "data.train=$data/index/train" "init=$exp/pretrain2"
+stage 8 finetune "$data/$labelled.jsonl $exp/pretrain2/checkpoints/" "$exp/finetune/checkpoints/" train_model "$exp/finetune" %force \
+  "$recipe/conf/$mode/finetune.yaml" "${conf_files[@]}" "objective.tokenizer=$data/tokens.txt" \
+  "data.train=$data/$labelled.jsonl" "data.valid=$data/dev.jsonl" "train.init_from=$exp/pretrain2"
 
-decode_and_score() { # MODEL OUT
+decode_and_score() { # MODEL OUT: best path, then prefix beam with a character n-gram of the training transcripts
   local model="$1" out="$2" split
-  for split in test test-unseen; do
-    "${harken[@]}" decode "$model" --cuts "$data/index/$split" --out "$out/$split.jsonl"
+  "${harken[@]}" ngram "$data/$labelled.jsonl" --tokens "$data/tokens.txt" --order 6 --out "$out/characters.arpa"
+  "${harken[@]}" decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/greedy"
+  "${harken[@]}" decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" \
+    --method prefix_beam --ngram "$out/characters.arpa" --ngram-weight 0.5 --insertion-bonus 0.5
+  for split in greedy/test greedy/test-unseen beam/test beam/test-unseen; do
     "${harken[@]}" score "$out/$split.jsonl" --out "$out/$split-score"
   done
 }
-stage 9 decode "$data/index $exp/finetune" "$exp/decode" decode_and_score "$exp/finetune" "$exp/decode"
+stage 9 decode "$data/test.jsonl $data/test-unseen.jsonl $exp/finetune/checkpoints/" "$exp/decode/greedy/test.jsonl" \
+  decode_and_score "$exp/finetune" "$exp/decode"
 
-stage 10 report "$exp/pretrain1 $exp/pretrain2 $exp/finetune $exp/decode" "$exp/report.html" \
-  "${harken[@]}" report "$exp"
+stage 10 report "$exp/pretrain1/ $exp/pretrain2/ $exp/finetune/ $exp/decode/" "$exp/report.html" \
+  "${harken[@]}" report "$exp" --out "$exp/report.html" --cuts "$data/test.jsonl"
 
 stages_summary
 if [ -f "$exp/report.html" ]; then echo "report: $exp/report.html"; fi

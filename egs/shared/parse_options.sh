@@ -20,7 +20,7 @@ Options:
   --stop-stage N   last stage to run (default: $last_stage)
   --mode MODE      short or full (default: full)
   --nproc N        processes that train and label together (default: 1)
-  --conf FILE      configuration instead of conf/MODE.yaml
+  --conf FILE      configuration merged over those of the training stages (another model, a GPU's sizes)
   --exp DIR        where everything of this run goes (default: exp/MODE beside run.sh)
   --corpus PATH    the corpus where it is already; nothing is fetched then
   --force          run the selected stages again even when they are finished
@@ -64,8 +64,10 @@ check_options() {
     short | full) ;;
     *) die "--mode must be short or full, got '$mode'" ;;
   esac
-  conf="$(realpath -m "${conf:-$recipe/conf/$mode.yaml}")"
-  [ -f "$conf" ] || die "--conf must be a file, found none at $conf"
+  if [ -n "$conf" ]; then
+    [ -f "$conf" ] || die "--conf must be a file, found none at $conf"
+    conf="$(realpath "$conf")"
+  fi
   exp="$(realpath -m "${exp:-$recipe/exp/$mode}")"
   if [ -n "$corpus" ]; then
     [ -e "$corpus" ] || die "--corpus must be a folder or a file, found none at $corpus"

@@ -29,7 +29,7 @@ stages_summary
 STAGES = """
 stage 1 one "nothing" "$exp/a" bash -c 'echo made one; echo x >> "$1"' _ "$exp/a"
 stage 2 two "$exp/a" "$exp/b" bash "$recipe/two.sh" "$exp/b" "$flavour" %force
-stage 3 three "prose" "prose" echo three of "$(basename "$conf")"
+stage 3 three "prose" "prose" echo three of "$(basename "${conf:-none}")"
 """
 TWO = 'echo "made two: $*"; cat "$(dirname "$1")/a" > "$1"\n'
 

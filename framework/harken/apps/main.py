@@ -17,6 +17,7 @@ VERBS = {
     "data": "scan, index, verify and describe manifests; make tokenizers",
     "units": "fit clusterers, label audio, check labels",
     "decode": "turn audio into text with a CTC model",
+    "ngram": "estimate a character or token language model for decoding",
     "score": "word and character error rates of a hypothesis file",
     "average": "average the weights of checkpoints",
     "import": "read another toolkit's checkpoint into a harken model",

@@ -112,3 +112,8 @@ def collate(rows: list[Row]) -> Batch:
         texts=tuple(row.text for row in rows),
         starts=torch.tensor([row.start for row in rows], dtype=torch.int64),
     )
+
+
+def as_it_is(batch: Batch, draws: Draws) -> Batch:
+    """Prepare nothing: for decoding and feature extraction."""
+    return batch

@@ -2,13 +2,21 @@
 
 `train.jsonl` has the sidecar `train.jsonl.idx/`: `offsets.npy` (byte offset of each line, and the end), `seconds.npy`
 (duration of each cut) and `card.json` (size and checksum of the manifest). Opening and seeking read no line.
+
+Every rank and worker opens the manifest for itself: reads leave no position behind, so that a forked worker and its
+parent cannot move each other's, and the first of several processes that miss the index writes it for all.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, sha256_file
+from harken.core.files import atomic_path, remove, sha256_file, sync
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -30,15 +38,27 @@ class Manifest:
         if not self.path.is_file():
             raise HarkenError(f"no manifest at {self.path}; `harken data scan` makes one from audio files")
         self.card: dict[str, Any] = self._read_card()
-        self._stream: Any = None
+        self._stream: FileIO | None = None
 
     def _read_card(self) -> dict[str, Any]:
-        folder = index_folder(self.path)
-        if not (folder / "card.json").is_file():
-            build_index(self.path)
-        card: dict[str, Any] = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        if card["bytes"] != self.path.stat().st_size:
-            raise HarkenError(f"{self.path} changed after it was indexed ({card['bytes']} bytes then, {self.path.stat().st_size} now): run `harken data index {self.path}`")
+        path = index_folder(self.path) / "card.json"
+        if not path.is_file():
+            build_index(self.path, replace=False)
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found, again = self.path.stat(), f"run `harken data index {self.path}`"
+        if card["bytes"] != found.st_size:
+            raise HarkenError(
+                f"{self.path} changed after it was indexed ({card['bytes']} bytes then, {found.st_size} now): {again}"
+            )
+        if found.st_mtime_ns >= path.stat().st_mtime_ns:  # copied, or edited without a change of its size
+            if card["sha256"] != sha256_file(self.path):
+                raise HarkenError(
+                    f"{self.path} changed after it was indexed (same size, other content): {again}"
+                )
+            with suppress(
+                OSError
+            ):  # the next to open it need not read it; a folder that is read-only is no harm
+                os.utime(path)
         return card
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,9 +82,9 @@ class Manifest:
     def line(self, place: int) -> dict[str, Any]:
         """Return the plain data of the cut at a place."""
         if self._stream is None:
-            self._stream = self.path.open("rb")
-        self._stream.seek(int(self.offsets[place]))
-        raw = self._stream.read(int(self.offsets[place + 1] - self.offsets[place]))
+            self._stream = self.path.open("rb", buffering=0)
+        start, end = int(self.offsets[place]), int(self.offsets[place + 1])
+        raw = os.pread(self._stream.fileno(), end - start, start)
         data: dict[str, Any] = json.loads(raw)
         return data
 
@@ -84,14 +104,31 @@ def index_folder(path: Path) -> Path:
     return path.with_name(path.name + ".idx")
 
 
-def build_index(path: str | Path) -> int:
+def build_index(path: str | Path, *, replace: bool = True) -> int:
     """Index a manifest and return its number of cuts.
 
+    replace: otherwise an index that another process has written meanwhile is left as it is.
     Raises HarkenError naming the line that is not a cut with an id and a duration, or whose id was there before.
     """
     path = Path(path)
     if path.suffix != ".jsonl":
-        raise HarkenError(f"a manifest is plain JSONL so that it can be read at any line, got {path}; decompress it first")
+        raise HarkenError(
+            f"a manifest is plain JSONL so that it can be read at any line, got {path}; decompress it first"
+        )
+    try:
+        offsets, seconds = _read_lines(path)
+        if replace:
+            with atomic_path(index_folder(path)) as folder:
+                _write_index(folder, path, offsets, seconds)
+        else:
+            _write_first(path, offsets, seconds)
+    except OSError as error:
+        raise HarkenError(f"cannot index {path}: {error}") from error
+    return len(seconds)
+
+
+def _read_lines(path: Path) -> tuple[list[int], list[float]]:
+    """Return the byte offset of each line and of the end, and the seconds of each cut."""
     offsets, seconds, seen = [0], [], set()
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
@@ -99,16 +136,46 @@ def build_index(path: str | Path) -> int:
                 data = json.loads(raw)
                 cut_id, duration = str(data["id"]), float(data["duration"])
             except (ValueError, KeyError, TypeError) as error:
-                raise HarkenError(f"{path} line {number} is not a Lhotse cut with `id` and `duration`: {error!r}") from error
+                raise HarkenError(
+                    f"{path} line {number} is not a Lhotse cut with `id` and `duration`: {error!r}"
+                ) from error
+            if not 0 < duration < math.inf:
+                raise HarkenError(
+                    f"{path} line {number}: `duration` must be positive seconds, got {duration}"
+                )
             if cut_id in seen:
-                raise HarkenError(f"{path} line {number}: cut id `{cut_id}` occurs twice; draws and labels are keyed by id")
+                raise HarkenError(
+                    f"{path} line {number}: cut id `{cut_id}` occurs twice; draws and labels are keyed by id"
+                )
             seen.add(cut_id)
             seconds.append(duration)
             offsets.append(offsets[-1] + len(raw))
-    with atomic_path(index_folder(path)) as folder:
-        folder.mkdir()
-        np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
-        np.save(folder / "seconds.npy", np.asarray(seconds, dtype=np.float32))
-        card = {"cuts": len(seconds), "hours": sum(seconds) / 3600, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    return len(seconds)
+    return offsets, seconds
+
+
+def _write_index(folder: Path, path: Path, offsets: list[int], seconds: list[float]) -> None:
+    folder.mkdir()
+    np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+    np.save(folder / "seconds.npy", np.asarray(seconds, dtype=np.float32))
+    card = {
+        "cuts": len(seconds),
+        "hours": sum(seconds) / 3600,
+        "bytes": offsets[-1],
+        "sha256": sha256_file(path),
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_first(path: Path, offsets: list[int], seconds: list[float]) -> None:
+    """Write the index unless one is there when this one is finished: a folder never takes the name of a full one."""
+    folder = index_folder(path)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write_index(temporary, path, offsets, seconds)
+        sync(temporary)
+        with suppress(OSError):
+            temporary.rename(folder)
+        if not (folder / "card.json").is_file():
+            raise OSError(f"{folder} is there and is no index: remove it")
+    finally:
+        remove(temporary)

@@ -54,7 +54,10 @@ class Characters:
         try:
             return [self._ids[character] for character in text]
         except KeyError as error:
-            raise HarkenError(f"character {error} of `{text}` is not among the {len(self._ids)} of the tokenizer; normalise the text") from error
+            raise HarkenError(
+                f"character {error} of `{text}` is not among the {len(self._ids)} of the tokenizer; "
+                "normalise the text"
+            ) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ids."""
@@ -66,8 +69,19 @@ class Characters:
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> Characters:
-        """Make the list of the characters that occur, in code-point order."""
-        return cls(sorted(Counter(character for text in texts for character in text)))
+        """Make the list of the characters that occur, in code-point order.
+
+        Raises HarkenError for a line break of any kind, which the file of one character a line could not hold.
+        """
+        characters = sorted(Counter(character for text in texts for character in text))
+        breaks = [
+            f"U+{ord(character):04X}" for character in characters if character.splitlines() != [character]
+        ]
+        if breaks:
+            raise HarkenError(
+                f"a text must be one line, and the texts hold {', '.join(breaks)}; normalise the texts"
+            )
+        return cls(characters)
 
     def save(self, path: Path) -> None:
         """Write one character a line."""
@@ -118,6 +132,7 @@ class Pieces:
                     vocab_size=size - 1,
                     model_type=kind,
                     character_coverage=1.0,
+                    max_sentence_length=2**30,  # longer texts than 4192 bytes are left out by default, unsaid
                     bos_id=-1,
                     eos_id=-1,
                     minloglevel=2,
@@ -130,9 +145,13 @@ class Pieces:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a tokenizer: sentencepiece for `.model`, a list of characters otherwise.
 
-    Raises HarkenError when the file is not there.
+    Raises HarkenError when the file is not there or holds neither.
     """
     path = Path(path)
     if not path.is_file():
         raise HarkenError(f"no tokenizer at {path}; `harken data tokens MANIFEST --out {path}` makes one")
-    return Pieces(path) if path.suffix == ".model" else Characters.load(path)
+    try:
+        return Pieces(path) if path.suffix == ".model" else Characters.load(path)
+    except (RuntimeError, UnicodeDecodeError) as error:
+        kind = "a sentencepiece model" if path.suffix == ".model" else "a list of characters, one a line"
+        raise HarkenError(f"{path} must be {kind}, and cannot be read: {error}") from error

@@ -92,7 +92,7 @@ class Transformer(Encoder):
         # fairseq has no projection where the widths are equal; its released checkpoints load either way
         self.project: nn.Module = nn.Linear(input_dim, config.dim) if input_dim != config.dim else nn.Identity()
         self.input_dropout = nn.Dropout(config.input_dropout)
-        self.positions = PositionalConvolution(config.dim, config.position_kernel, config.position_groups, config.dropout)
+        self.positions = PositionalConvolution(config.dim, config.position_kernel, config.position_groups)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)

@@ -17,12 +17,12 @@ class PositionalConvolution(nn.Module):
     gathers both when it gathers the module.
     """
 
-    def __init__(self, dim: int, kernel: int, groups: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, kernel: int, groups: int) -> None:
         super().__init__()
         self.groups = groups
         self.padding = kernel // 2
         self.surplus = 1 - kernel % 2  # an even kernel padded on both sides gives one frame too many
-        std = math.sqrt(4 * (1.0 - dropout) / (kernel * dim))
+        std = math.sqrt(4 / (kernel * dim))
         self.weight_v = nn.Parameter(torch.randn(dim, dim // groups, kernel) * std)
         self.weight_g = nn.Parameter(self.weight_v.detach().norm(dim=(0, 1), keepdim=True))
         self.bias = nn.Parameter(torch.zeros(dim))

@@ -9,7 +9,8 @@ from harken.config.registry import build, find
 from harken.config.schema import RunConfig
 from harken.core.frames import FrameSpec
 from harken.encoders.backbone import build_backbone
-from harken.encoders.saved import backbone_weights, find_model, load_config, load_into, load_weights
+from harken.config.saved import find_model, load_config, load_into, load_weights
+from harken.encoders.saved import backbone_weights
 from harken.objectives.base import Objective, Prepare
 
 

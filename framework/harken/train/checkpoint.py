@@ -26,7 +26,7 @@ from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.errors import HarkenError
 from harken.core.files import remove, sha256_file, sync, write_json_atomic
-from harken.encoders.saved import CHECKPOINTS, save_model
+from harken.config.saved import CHECKPOINTS, save_model
 from harken.engine.base import Engine
 from harken.optim.ema import WeightAverage
 from harken.train.log import say

@@ -20,7 +20,7 @@ from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
 from harken.data.dataset import Prepare
 from harken.data.loader import EvalLoader, Position, TrainLoader
-from harken.encoders.saved import load_config
+from harken.config.saved import load_config
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
 from harken.optim.ema import WeightAverage
 from harken.optim.groups import parameter_groups

@@ -34,7 +34,7 @@ class Card:
     clusters: int
     sample_rate: int
     hop: int
-    center: int
+    center: float
     features: str
     clusterer: str
     dtype: str

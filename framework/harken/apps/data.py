@@ -1,0 +1,258 @@
+"""`harken data`: manifests from audio, their index, their faults, their statistics, and tokenizers from their texts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "scan, index, verify and describe manifests; make tokenizers"
+EXAMPLE = "harken data scan corpus/wav --out data/all.jsonl\n  harken data scan --help"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the sub-verbs and their options."""
+    verbs = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _scan_arguments(
+        _sub(verbs, "scan", "harken data scan corpus/wav --text corpus/text --out data/all.jsonl")
+    )
+    index = _sub(verbs, "index", "harken data index data/train.jsonl data/dev.jsonl")
+    index.add_argument(
+        "manifests", nargs="+", type=Path, metavar="MANIFEST", help="Lhotse cuts as plain JSONL"
+    )
+    _verify_arguments(_sub(verbs, "verify", "harken data verify data/all.jsonl --clean data/clean.jsonl"))
+    _stats_arguments(_sub(verbs, "stats", "harken data stats data/train.jsonl --max-seconds 87.5"))
+    _tokens_arguments(
+        _sub(verbs, "tokens", "harken data tokens data/train.jsonl --out data/bpe.model --size 500")
+    )
+
+
+ACTIONS = {
+    "scan": "write an indexed manifest of a folder of audio, a TSV, a JSONL, a Kaldi directory or a Lhotse manifest",
+    "index": "write the index of manifests that were made or edited by other means",
+    "verify": "decode every cut and list the bad ones; exit status 1 when there are any",
+    "stats": "durations, speakers, texts, and how the sampling plan fills its batches",
+    "tokens": "make a tokenizer from the texts of manifests: a list of characters, or a BPE model",
+}
+
+
+def _sub(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, example: str
+) -> argparse.ArgumentParser:
+    about = ACTIONS[name]
+    return verbs.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _scan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a folder (wav, flac, mp3, ogg, opus; with folders below), a Kaldi directory, "
+        "a .tsv (fairseq's, or with a header), a .jsonl (NeMo's keys, or Lhotse cuts or recordings)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="MANIFEST.jsonl", help="the manifest to write"
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE|.SUFFIX",
+        help="texts: a file of `ID TEXT` lines, fairseq's .wrd or .ltr, or the suffix of files beside the audio (.txt)",
+    )
+    parser.add_argument(
+        "--supervisions", type=Path, metavar="FILE", help="Lhotse supervisions of Lhotse recordings"
+    )
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="folder that relative audio paths start from"
+    )
+    parser.add_argument(
+        "--channels",
+        choices=("first", "each"),
+        default="first",
+        help="of files with several channels (default: first)",
+    )
+    _jobs(parser)
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="an indexed manifest")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.tsv", help="list of the bad cuts (default: MANIFEST.verify.tsv)"
+    )
+    parser.add_argument(
+        "--clean", type=Path, metavar="OUT.jsonl", help="write the manifest without the bad cuts here"
+    )
+    parser.add_argument(
+        "--sample-rate",
+        type=int,
+        default=16000,
+        metavar="HZ",
+        help="of training; others are noted (default: 16000)",
+    )
+    parser.add_argument(
+        "--max-clipped",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="of samples at full scale (default: 0.01)",
+    )
+    _jobs(parser)
+
+
+def _stats_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="indexed manifests")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers here, too")
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="padded audio of a batch in the plan (default: 60)",
+    )
+    parser.add_argument("--buckets", type=int, default=30, metavar="N", help="of the plan (default: 30)")
+
+
+def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifests with texts")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="FILE.model for BPE, else characters"
+    )
+    parser.add_argument("--kind", choices=("characters", "bpe"), help="(default: as the name of --out says)")
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="classes of BPE, the blank included (default: 500)"
+    )
+
+
+def _jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: the cores that are free to use)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-verb."""
+    actions = {
+        "scan": run_scan,
+        "index": run_index,
+        "verify": run_verify,
+        "stats": run_stats,
+        "tokens": run_tokens,
+    }
+    return actions[args.action](args)
+
+
+def run_scan(args: argparse.Namespace) -> int:
+    """Write the manifest; what could not be read is named and does not fail the scan."""
+    from harken.data.parallel import default_jobs
+    from harken.data.scan import scan
+
+    result = scan(
+        args.source,
+        args.out,
+        jobs=args.jobs or default_jobs(),
+        text=args.text,
+        supervisions=args.supervisions,
+        root=args.root,
+        each_channel=args.channels == "each",
+    )
+    for note in result.notes:
+        print(f"  {note}")
+    if result.refused:
+        print(f"  {len(result.refused)} utterances were left out, all listed in {result.quarantine}:")
+        for name, path, reason in result.refused[:5]:
+            print(f"    {name} [{path}]: {reason}")
+    print(
+        f"{args.out}: {result.cuts} cuts, {result.seconds / 3600:.2f} h, from {args.source} ({result.kind})"
+    )
+    return 0
+
+
+def run_index(args: argparse.Namespace) -> int:
+    """Index manifests."""
+    from harken.data.manifest import Manifest, build_index
+
+    for path in args.manifests:
+        count = build_index(path)
+        print(f"{path}: {count} cuts, {Manifest(path).card['hours']:.2f} h")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Decode every cut; status 1 when there are problems."""
+    from harken.data.parallel import default_jobs
+    from harken.data.verify import check_clean, verify, write_clean, write_list
+
+    if args.clean is not None:
+        check_clean(args.manifest, args.clean)
+    result = verify(
+        args.manifest,
+        jobs=args.jobs or default_jobs(),
+        sample_rate=args.sample_rate,
+        max_clipped=args.max_clipped,
+    )
+    print(result.table())
+    out = args.out or args.manifest.with_name(args.manifest.name + ".verify.tsv")
+    write_list(result, out)
+    print(f"list of the bad cuts: {out}")
+    if args.clean is not None:
+        write_clean(result, args.clean)
+        print(f"{args.clean}: the {len(result.sound)} sound cuts")
+    return 1 if result.bad else 0
+
+
+def run_stats(args: argparse.Namespace) -> int:
+    """Print the statistics of each manifest."""
+    from harken.core.errors import HarkenError
+    from harken.core.files import write_json_atomic
+    from harken.data.manifest import Manifest
+    from harken.data.stats import describe, render
+
+    if args.max_seconds <= 0 or args.buckets < 1:
+        raise HarkenError(
+            f"--max-seconds and --buckets must be positive, got {args.max_seconds:g} and {args.buckets}"
+        )
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    found = []
+    for path in args.manifests:
+        stats = describe(Manifest(path), max_seconds=args.max_seconds, buckets=args.buckets)
+        found.append(stats.to_json())
+        print(render(stats, unicode=unicode) + "\n")
+    if args.out is not None:
+        write_json_atomic(args.out, found)
+        print(f"numbers: {args.out}")
+    return 0
+
+
+def run_tokens(args: argparse.Namespace) -> int:
+    """Make a tokenizer and say what is in it."""
+    from harken.core.errors import HarkenError
+    from harken.data.manifest import Manifest
+    from harken.data.stats import text_of
+    from harken.data.tokens import Characters, Pieces
+
+    by_name = "bpe" if args.out.suffix == ".model" else "characters"
+    if (args.kind or by_name) != by_name:
+        raise HarkenError(
+            f"--out must end in .model for BPE and otherwise for characters, got {args.out} and --kind {args.kind}"
+        )
+    if args.size is not None and by_name == "characters":
+        raise HarkenError("--size is of BPE; the texts decide how many characters there are")
+    manifests = [Manifest(path) for path in args.manifests]
+    texts = [text for item in manifests for place in range(len(item)) if (text := text_of(item.line(place)))]
+    if not texts:
+        raise HarkenError(f"no cut of {', '.join(map(str, args.manifests))} has a text")
+    if by_name == "bpe":
+        size = Pieces.train(texts, args.out, args.size or 500).size
+        print(f"{args.out}: {size} classes, the blank included, from {len(texts)} texts")
+        return 0
+    tokenizer = Characters.train(texts)
+    tokenizer.save(args.out)
+    symbols = " ".join(tokenizer.symbols()[1:])
+    print(f"{args.out}: {tokenizer.size} classes, the blank included, from {len(texts)} texts: {symbols}")
+    return 0

@@ -1,0 +1,99 @@
+"""`harken decode`: audio to text with a CTC model."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harken.decode.search import Search
+    from harken.evaluate.hypotheses import Utterance
+    from harken.objectives.ctc import Ctc
+
+HELP = "Decode manifests with a CTC model, in batches by duration, into hypothesis files for `harken score`."
+EXAMPLE = (
+    "harken decode exp/finetune test.jsonl --out exp/decode\n"
+    "  harken decode exp/finetune test.jsonl --out exp/beam --method prefix_beam --ngram chars.arpa --ngram-weight 0.6"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("model", help="experiment, checkpoint or exported model with a `ctc` objective")
+    parser.add_argument("manifest", nargs="+", type=Path, help="indexed manifests; each gives OUT/<its name>.jsonl")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the hypothesis files")
+    parser.add_argument("--method", choices=("greedy", "prefix_beam"), default="greedy")
+    parser.add_argument("--beam", type=int, default=16, help="prefixes kept (16)")
+    parser.add_argument("--ngram", help="ARPA file over the model's tokens; `harken ngram` makes one")
+    parser.add_argument("--ngram-weight", type=float, default=0.5)
+    parser.add_argument("--insertion-bonus", type=float, default=0.0, help="added for each token, in nats")
+    parser.add_argument("--max-seconds", type=float, default=120.0, help="padded audio of a batch (120)")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes (1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode every manifest."""
+    from harken.core.distributed import device
+    from harken.core.errors import HarkenError
+    from harken.data.tokens import BLANK, load_tokenizer
+    from harken.decode.search import DecodeConfig, make_search
+    from harken.evaluate.hypotheses import write_hypotheses
+    from harken.objectives.ctc import Ctc, CtcConfig
+    from harken.objectives.saved import load_objective
+
+    model, config = load_objective(args.model)
+    if not isinstance(model, Ctc) or not isinstance(config.objective, CtcConfig):
+        raise HarkenError(f"{args.model} has objective `{config.objective.name}`; decoding needs a model fine-tuned with `ctc`")
+    model.to(device())
+    tokenizer = load_tokenizer(config.objective.tokenizer)
+    beam = args.method == "prefix_beam"
+    options = DecodeConfig(
+        method=args.method,
+        beam=args.beam,
+        ngram=args.ngram,
+        ngram_weight=args.ngram_weight if beam else 0.5,
+        insertion_bonus=args.insertion_bonus,
+        token_min_log_prob=-8.0 if beam else None,
+    )
+    search = make_search(options, tokenizer.size, BLANK, tokenizer.symbols())
+    for manifest in args.manifest:
+        started = time.perf_counter()
+        utterances = decode_manifest(model, manifest, search, args.max_seconds, args.workers)
+        out = args.out / f"{manifest.stem}.jsonl"
+        write_hypotheses(out, utterances)
+        seconds, spent = sum(utterance.seconds for utterance in utterances), time.perf_counter() - started
+        print(f"{out}: {len(utterances)} utterances, {seconds / 60:.1f} min of audio in {spent:.1f} s, {seconds / spent:.0f} x real time")
+    return 0
+
+
+def decode_manifest(model: Ctc, manifest: Path, search: Search, max_seconds: float, workers: int) -> list[Utterance]:
+    """Return the utterances of a manifest with hypotheses, in the manifest's order."""
+    import torch
+
+    from harken.config.schema import DataConfig
+    from harken.core.distributed import device
+    from harken.data.dataset import as_it_is
+    from harken.data.loader import EvalLoader
+    from harken.data.manifest import Manifest
+    from harken.data.tokens import load_tokenizer
+    from harken.evaluate.hypotheses import Utterance
+
+    opened = Manifest(manifest)
+    data = DataConfig(train=str(manifest), sample_rate=model.backbone.spec.sample_rate, workers=workers)
+    texts: dict[str, str] = {}
+    tokenizer = load_tokenizer(model.config.tokenizer)
+    with torch.inference_mode():
+        for batch, _ in EvalLoader(str(manifest), data, max_seconds, as_it_is):
+            for note in batch.notes:
+                print(f"NOTE {note.kind}: {note.reason}")
+            log_probs, lengths = model.log_probs(batch.to(device()))
+            for cut, tokens in zip(batch.ids, search(log_probs.cpu(), lengths), strict=True):
+                texts[cut] = " ".join(tokenizer.decode(tokens).split())
+    rows = []
+    for cut in opened:
+        speaker = next((part.speaker for part in cut.supervisions if part.speaker), "?")
+        reference = " ".join(part.text for part in cut.supervisions if part.text)
+        rows.append(Utterance(id=cut.id, speaker=speaker, ref=reference, hyp=texts.get(cut.id, ""), seconds=cut.duration))
+    return rows

@@ -1,0 +1,121 @@
+"""`harken report`: one HTML page about an experiment."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harken.report.collect import Experiment
+    from harken.report.utterances import CtcModel, View
+
+HELP = "Write one self-contained HTML page: results, curves, units, speakers, some utterances, stages, configurations."
+EXAMPLE = (
+    "harken report egs/amazon_queen/exp/full\n"
+    "  harken report exp --out /tmp/page.html --model exp/finetune --cuts data/test.jsonl --utterances 5"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "experiment", type=Path, metavar="EXP", help="folder of a recipe's experiment, or of one run"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: EXP/report.html)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="CTC model of the utterance view (default: the last CTC run in EXP)",
+    )
+    parser.add_argument(
+        "--cuts",
+        action="append",
+        metavar="MANIFEST",
+        help="where utterances come from; may be given again (default: data.valid of the model)",
+    )
+    parser.add_argument(
+        "--utterances", type=int, default=3, metavar="N", help="utterances shown (3; 0 loads no model)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and print what it lacks."""
+    from harken.report.collect import collect
+    from harken.report.page import write_page
+
+    started = time.perf_counter()
+    experiment = collect(args.experiment)
+    views, how = _views(experiment, args) if args.utterances > 0 else ([], "")
+    out = args.out or args.experiment / "report.html"
+    size = write_page(experiment, out, views, how)
+    for gaps in experiment.missing.values():
+        for gap in gaps:
+            print(f"missing: {gap.what}" + (f"; make it: {gap.command}" if gap.command else ""))
+    counts = {
+        "test sets": len(experiment.results),
+        "runs": len(experiment.runs),
+        "label stores": len(experiment.stores),
+        "utterances": len(views),
+        "stages": len(experiment.stages),
+    }
+    shown = ", ".join(f"{number} {name}" for name, number in counts.items())
+    print(f"{out}: {shown}; {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _views(experiment: Experiment, args: argparse.Namespace) -> tuple[list[View], str]:
+    """Look at some utterances; what is missing for it is noted, unless the user asked for it by an option."""
+    from harken.core.errors import HarkenError
+    from harken.report.utterances import show_utterances
+
+    last = experiment.last_run_of("ctc")
+    model = args.model or (last.folder if last else None)
+    if model is None:
+        experiment.lacks(
+            "utterances",
+            "no CTC run for the utterance view",
+            f"harken report {args.experiment} --model FOLDER",
+        )
+        return [], ""
+    try:
+        ctc, valid = _load(model)
+        cuts = args.cuts or ([valid] if valid else [])
+        if not cuts:
+            experiment.lacks(
+                "utterances",
+                f"{model} names no validation manifest",
+                f"harken report {args.experiment} --cuts MANIFEST",
+            )
+            return [], ""
+        return show_utterances(ctc, cuts, experiment.hypotheses, experiment.stores, args.utterances)
+    except HarkenError as error:
+        if args.model or args.cuts:
+            raise
+        experiment.lacks(
+            "utterances", str(error), f"harken report {args.experiment} --model FOLDER --cuts MANIFEST"
+        )
+        return [], ""
+
+
+def _load(folder: Path) -> tuple[CtcModel, str | None]:
+    """Load a CTC model for the report, and the validation manifest of its run."""
+    from harken.core.errors import HarkenError
+    from harken.data.tokens import load_tokenizer
+    from harken.objectives.ctc import Ctc, CtcConfig
+    from harken.objectives.saved import load_objective
+    from harken.report.utterances import CtcModel
+
+    model, config = load_objective(folder)
+    own = config.objective
+    if not isinstance(model, Ctc) or not isinstance(own, CtcConfig):
+        raise HarkenError(f"`--model` must be a CTC model, {folder} was trained with `{own.name}`")
+    loaded = CtcModel(
+        name=str(folder),
+        log_probs=model.log_probs,
+        spec=model.backbone.spec,
+        tokenizer=load_tokenizer(own.tokenizer),
+    )
+    return loaded, config.data.valid

@@ -1,0 +1,102 @@
+"""`harken units fit | label | check`: clusters and labels for masked prediction."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import time
+from pathlib import Path
+
+HELP = "Fit clusters on features, label audio with them, check labels. Features are never written to disk."
+EXAMPLE = (
+    "harken units fit train.jsonl --out units/km --clusters 100\n"
+    "  harken units label train.jsonl dev.jsonl --clusterer units/km --out units/labels --jobs 8\n"
+    "  harken units fit train.jsonl --out units2/km --features hidden --model exp/pretrain1 --layer 6 --clusters 500"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    verbs = parser.add_subparsers(dest="units_verb", required=True, metavar="fit|label|check")
+    fit = verbs.add_parser("fit", help="k-means on a sample of a manifest's frames")
+    fit.add_argument("manifest", help="indexed manifest")
+    fit.add_argument("--clusters", type=int, default=100, help="K (100)")
+    fit.add_argument("--max-frames", type=int, default=500_000, help="frames kept in memory for the fit (500000)")
+    fit.add_argument("--seed", type=int, default=0)
+    label = verbs.add_parser("label", help="write the packed label store of one or more manifests")
+    label.add_argument("manifest", nargs="+", help="indexed manifests that share the store")
+    label.add_argument("--clusterer", required=True, help="folder that `units fit` wrote")
+    for sub in (fit, label):
+        sub.add_argument("--out", required=True, type=Path, help="folder to write; `label` continues an unfinished one")
+        sub.add_argument("--features", choices=("mfcc", "hidden"), default="mfcc")
+        sub.add_argument("--model", help="saved model or experiment, for hidden features")
+        sub.add_argument("--layer", type=int, help="block whose output is clustered, from 1; 0 is the encoder's input")
+        sub.add_argument("--normalize", action="store_true", help="normalise MFCC over each utterance")
+        sub.add_argument("--sample-rate", type=int, default=16000)
+        sub.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
+    check = verbs.add_parser("check", help="judge a label store; status 1 when something is wrong")
+    check.add_argument("store", nargs="+", type=Path)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-verb."""
+    return {"fit": _fit, "label": _label, "check": _check}[args.units_verb](args)
+
+
+def _features(args: argparse.Namespace) -> functools.partial[object]:
+    from harken.units.features import make_features
+
+    return functools.partial(
+        make_features, args.features, model=args.model, layer=args.layer, normalize=args.normalize, sample_rate=args.sample_rate
+    )
+
+
+def _fit(args: argparse.Namespace) -> int:
+    import torch
+
+    from harken.config.schema import DataConfig
+    from harken.units.clusterer import fit_clusterer
+    from harken.units.kmeans import KMeansConfig
+
+    started = time.perf_counter()
+    torch.set_num_threads(max(1, args.jobs))
+    data = DataConfig(train=args.manifest, sample_rate=args.sample_rate)
+    config = KMeansConfig(clusters=args.clusters, seed=args.seed)
+    fit_clusterer(args.out, args.manifest, _features(args)(), data, config, max_frames=args.max_frames, say=_say)  # type: ignore[arg-type]
+    _say(f"wrote {args.out} in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _label(args: argparse.Namespace) -> int:
+    from harken.units.label import Job, label
+
+    started = time.perf_counter()
+    job = Job(args.out, tuple(args.manifest), args.clusterer, _features(args), args.sample_rate, max_seconds=60.0)  # type: ignore[arg-type]
+    card = label(job, args.jobs, _say)
+    _say(f"{card.labels} labels in {args.out}, {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from harken.units.check import check_units
+    from harken.units.store import LabelStore
+
+    status = 0
+    for folder in args.store:
+        store = LabelStore(folder)
+        report = check_units(store)
+        print(
+            f"{folder}: {store.card.cuts} cuts, {store.card.labels} labels at {store.card.rate:g} Hz, {report.used} of {store.card.clusters} "
+            f"clusters used, perplexity {report.perplexity:.1f}, mean run {report.mean_run:.2f} labels; {store.card.features}"
+        )
+        for text in report.problems:
+            print(f"  WRONG {text}")
+        for text in report.warnings:
+            print(f"  warning {text}")
+        status |= bool(report.problems)
+    return status
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)

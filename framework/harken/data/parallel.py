@@ -1,0 +1,87 @@
+"""The same work on many files: several processes, results in order, progress, a clear end when a process dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from harken.core.errors import HarkenError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T], *, jobs: int, what: str) -> Iterator[R]:
+    """Yield `work(item)` for each item, in order, from `jobs` processes, with progress on stderr.
+
+    `work` is a function of a module, so that a new process finds it.
+    Raises HarkenError when a process dies.
+    """
+    jobs = max(1, min(jobs, len(items)))
+    results = map(work, items) if jobs == 1 else _from_processes(work, items, jobs, what)
+    yield from with_progress(results, len(items), what)
+
+
+def _from_processes(work: Callable[[T], R], items: Sequence[T], jobs: int, what: str) -> Iterator[R]:
+    size = max(1, min(64, len(items) // (4 * jobs)))
+    starts = iter(range(0, len(items), size))
+    # a server without threads forks the workers: safe beside torch, and Lhotse is imported once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lhotse"])
+    waiting: deque[tuple[int, Future[list[R]]]] = deque()
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_interrupts) as pool:
+        try:
+            for start in starts:
+                waiting.append((start, pool.submit(_run, work, items[start : start + size])))
+                if len(waiting) >= 4 * jobs:  # do not hold a million results
+                    yield from waiting.popleft()[1].result()
+            while waiting:
+                yield from waiting.popleft()[1].result()
+        except BrokenProcessPool as error:
+            raise HarkenError(
+                f"a process reading {what} ended at once (out of memory, or a decoder crashed) while up to "
+                f"{4 * jobs * size} items were read; try again with fewer jobs: --jobs 1"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    return [work(item) for item in items]
+
+
+def _leave_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def with_progress(results: Iterable[R], total: int, what: str) -> Iterator[R]:
+    """Show a bar on a terminal, a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(results, total=total, desc=what, unit="", dynamic_ncols=True, leave=False)
+        return
+    began = last = time.monotonic()
+    for count, result in enumerate(results, start=1):
+        yield result
+        now = time.monotonic()
+        if now - last >= 10:
+            last = now
+            print(
+                f"{what}: {count} of {total}, {count / (now - began):.0f} a second",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def default_jobs() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,184 @@
+"""HuBERT checkpoints of fairseq as harken models, without fairseq.
+
+Layouts: `cfg` (a dict or OmegaConf containers, fairseq 0.12 and the released models) and `args` (a flat namespace,
+before that), both with `model` as the state dict and `task_state` with a pickled dictionary for each codebook.
+
+Outputs equal the original's: group norm counts the padding (`frontend.norm_over_padding`). The configuration describes
+the model exactly and the training as far as the checkpoint tells: `data.train` says that the data must be given, and
+what the checkpoint is silent about has HuBERT Base's published value. `imported.json` keeps the source, its hash, the
+updates it was trained for and the unit that each class stands for: fairseq's first four classes are `<s>`, `<pad>`,
+`</s>` and `<unk>`, which no label ever is, and class 4 + k is the k-th line of its `dict.km.txt`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harken.config.load import from_dict
+from harken.config.registry import build
+from harken.config.saved import load_into, save_model
+from harken.config.schema import RunConfig
+from harken.core.errors import HarkenError
+from harken.core.files import atomic_path, sha256_file, write_json_atomic
+from harken.encoders.backbone import build_backbone
+from harken.interop.fairseq_options import (
+    check_supported,
+    model_config,
+    not_carried_over,
+    read_options,
+    training_config,
+)
+from harken.interop.unpickle import Record, plain, read_checkpoint
+
+_PART = r"(weight|bias)"
+_BLOCK = r"encoder\.layers\.(\d+)\."
+_NEW_BLOCK = r"backbone.encoder.blocks.\1."
+NAMES: tuple[tuple[str, str], ...] = (
+    (r"mask_emb", "backbone.mask_embedding"),
+    (r"label_embs_concat", "codes.embeddings"),
+    (rf"final_proj\.{_PART}", r"project.\1"),
+    (rf"layer_norm\.{_PART}", r"backbone.encoder.input_norm.\1"),
+    (rf"post_extract_proj\.{_PART}", r"backbone.encoder.project.\1"),
+    (rf"feature_extractor\.conv_layers\.(\d+)\.0\.{_PART}", r"backbone.frontend.layers.\1.conv.\2"),
+    # the group norm itself, or a layer norm between two transpositions
+    (rf"feature_extractor\.conv_layers\.(\d+)\.2\.(?:1\.)?{_PART}", r"backbone.frontend.layers.\1.norm.\2"),
+    (r"encoder\.pos_conv\.0\.(weight_g|weight_v|bias)", r"backbone.encoder.positions.\1"),
+    (rf"encoder\.layer_norm\.{_PART}", r"backbone.encoder.norm.\1"),
+    (rf"{_BLOCK}self_attn\.out_proj\.{_PART}", rf"{_NEW_BLOCK}attention.out.\2"),
+    (rf"{_BLOCK}self_attn_layer_norm\.{_PART}", rf"{_NEW_BLOCK}attention_norm.\2"),
+    (rf"{_BLOCK}fc1\.{_PART}", rf"{_NEW_BLOCK}up.\2"),
+    (rf"{_BLOCK}fc2\.{_PART}", rf"{_NEW_BLOCK}down.\2"),
+    (rf"{_BLOCK}final_layer_norm\.{_PART}", rf"{_NEW_BLOCK}ffn_norm.\2"),
+)
+QUERY_KEY_VALUE = re.compile(rf"{_BLOCK}self_attn\.([qkv])_proj\.{_PART}")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A harken model that was read from a checkpoint.
+
+    symbols: for each codebook, the unit that each class stands for (empty where the checkpoint has no dictionary).
+    updates: how long it was trained, 0 where the checkpoint does not say. notes: options that are not carried over.
+    """
+
+    config: RunConfig
+    weights: dict[str, Tensor]
+    symbols: tuple[tuple[str, ...], ...]
+    updates: int
+    notes: tuple[str, ...]
+
+
+def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
+    """Read a checkpoint and write it as a model folder, which `load_objective` and `load_backbone` open.
+
+    Raises HarkenError when the folder holds something already, when the checkpoint cannot be read, when it is of
+    another model, or when it has an option that harken does not support.
+    """
+    path, folder = Path(path), Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise HarkenError(f"{folder} exists already: name a new folder for the model, or remove it first")
+    imported = read_hubert(path)
+    about = {
+        "format": "fairseq",
+        "checkpoint": path.name,
+        "sha256": sha256_file(path),
+        "updates": imported.updates,
+        "not_carried_over": imported.notes,
+        "symbols": imported.symbols,
+    }
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_model(temporary, imported.config, imported.weights)
+        write_json_atomic(temporary / "imported.json", about)
+    return imported
+
+
+def read_hubert(path: str | Path) -> Imported:
+    """Read a pretrained HuBERT checkpoint; see `import_checkpoint` for what is raised."""
+    path = Path(path)
+    state = read_checkpoint(path)
+    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
+        raise HarkenError(f"{path} is no fairseq checkpoint: expected a `model` in it")
+    groups = read_options(state, path)
+    check_supported(groups["model"], path)
+    symbols = _symbols(state)
+    weights = convert_weights(state["model"], path)
+    classes = _classes(weights, symbols, path)
+    updates = _updates(state)
+    try:
+        config = from_dict({**model_config(groups, classes), **training_config(groups, path.name, updates)})
+    except TypeError as error:
+        raise HarkenError(f"{path} has an option of a wrong type: {error}") from error
+    model = build("objective", config.objective, run=config, backbone=build_backbone(config))
+    load_into(model, weights, path)
+    return Imported(config, weights, symbols, updates, tuple(not_carried_over(groups)))
+
+
+def convert_weights(model: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return fairseq's weights under harken's names, in float32; queries, keys and values become one product.
+
+    Raises HarkenError for weights that harken's model has no place for.
+    """
+    weights: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for name, value in model.items():
+        if not isinstance(value, Tensor):
+            raise HarkenError(f"`{name}` in {path} must be a tensor, found {value!r}")
+        tensor = value.detach().to(torch.float32, copy=True).contiguous()
+        if found := QUERY_KEY_VALUE.fullmatch(name):
+            block, which, kind = found.groups()
+            parts.setdefault(f"backbone.encoder.blocks.{block}.attention.qkv.{kind}", {})[which] = tensor
+        elif new := _new_name(name):
+            weights[new] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        raise HarkenError(
+            f"harken's HuBERT has no place for these weights of {path}: {', '.join(unknown[:5])}"
+        )
+    for name, part in parts.items():
+        if len(part) != len("qkv"):
+            raise HarkenError(f"{path} has {', '.join(sorted(part))} of `{name}`, expected q, k and v")
+        weights[name] = torch.cat([part[which] for which in "qkv"])
+    return weights
+
+
+def _new_name(name: str) -> str | None:
+    for pattern, template in NAMES:
+        if found := re.fullmatch(pattern, name):
+            return found.expand(template)
+    return None
+
+
+def _symbols(state: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    task = state.get("task_state")
+    dictionaries = task.get("dictionaries") if isinstance(task, Mapping) else None
+    found = [item.fields().get("symbols") for item in dictionaries or [] if isinstance(item, Record)]
+    return tuple(tuple(map(str, symbols)) for symbols in found if isinstance(symbols, list))
+
+
+def _classes(weights: Mapping[str, Tensor], symbols: tuple[tuple[str, ...], ...], path: Path) -> list[int]:
+    embeddings = weights.get("codes.embeddings")
+    if embeddings is None:
+        raise HarkenError(
+            f"{path} has no `label_embs_concat`: the head of HuBERT's pretraining was removed from it"
+        )
+    classes = [len(unit) for unit in symbols] or [len(embeddings)]
+    if sum(classes) != len(embeddings):
+        raise HarkenError(f"{path} embeds {len(embeddings)} classes, and its dictionaries have {classes}")
+    return classes
+
+
+def _updates(state: Mapping[str, Any]) -> int:
+    history = plain(state.get("optimizer_history"))
+    last = history[-1] if isinstance(history, list) and history else None
+    updates = last.get("num_updates") if isinstance(last, Mapping) else None
+    return updates if isinstance(updates, int) else 0

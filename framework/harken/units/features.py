@@ -1,0 +1,121 @@
+"""Features that are clustered: MFCC for the first iteration, a hidden layer of a model for the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from harken.config.saved import WEIGHTS, find_model
+from harken.core.batch import Batch
+from harken.core.errors import HarkenError
+from harken.core.files import sha256_file
+from harken.core.frames import FrameSpec, Window
+from harken.encoders.saved import load_backbone
+
+Frames = NDArray[np.float32]
+
+
+class Features(Protocol):
+    """Turns a batch of waveforms into one matrix of frames for each."""
+
+    spec: FrameSpec
+
+    def describe(self) -> str:
+        """Return what the features are, with the hash of the model if there is one: it goes into every card."""
+        ...
+
+    def __call__(self, batch: Batch) -> list[Frames]:
+        """Return `(T, D)` float32 for each row of the batch."""
+        ...
+
+
+@dataclass
+class Mfcc:
+    """13 MFCC with first and second differences, 39 values every 10 ms (HuBERT's first iteration).
+
+    Source: arXiv 2106.07447 section IV-A; Kaldi's MFCC without energy and dither.
+    normalize: give each coefficient of each utterance zero mean and unit variance, which takes speaker and channel out.
+    """
+
+    sample_rate: int = 16000
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        self.spec = FrameSpec((Window(self.sample_rate * 25 // 1000, self.sample_rate // 100),), self.sample_rate)
+
+    def describe(self) -> str:
+        """Return the name and settings."""
+        return f"mfcc39 {self.sample_rate} Hz" + (" normalized" if self.normalize else "")
+
+    def __call__(self, batch: Batch) -> list[Frames]:
+        """Return `(T, 39)` for each row."""
+        return [self._row(batch.inputs[row, :length].numpy()) for row, length in enumerate(batch.lengths.tolist())]
+
+    def _row(self, samples: Frames) -> Frames:
+        import kaldi_native_fbank
+
+        options = kaldi_native_fbank.MfccOptions()
+        options.frame_opts.samp_freq = self.sample_rate
+        options.frame_opts.dither = 0.0
+        options.use_energy = False
+        options.num_ceps = 13
+        mfcc = kaldi_native_fbank.OnlineMfcc(options)
+        mfcc.accept_waveform(self.sample_rate, (samples * 32768.0).tolist())
+        mfcc.input_finished()
+        frames = [mfcc.get_frame(index) for index in range(mfcc.num_frames_ready)]
+        static = np.asarray(frames, dtype=np.float32).reshape(len(frames), 13)
+        if self.normalize and len(static):
+            static = (static - static.mean(0)) / (static.std(0) + 1e-5)
+        first = differences(static)
+        return np.concatenate([static, first, differences(first)], axis=1)
+
+
+def differences(x: Frames) -> Frames:
+    """Return Kaldi's deltas over two frames on each side: `sum_n n (x[t+n] - x[t-n]) / (2 sum_n n^2)`, edges repeated."""
+    if not len(x):
+        return x
+    padded = np.pad(x, ((2, 2), (0, 0)), mode="edge")
+    size = len(x)
+    slope: Frames = (padded[3 : 3 + size] - padded[1 : 1 + size] + 2 * (padded[4 : 4 + size] - padded[:size])) / np.float32(10)
+    return slope
+
+
+class Hidden:
+    """The output of one block of a saved model."""
+
+    def __init__(self, model: str, layer: int) -> None:
+        self.model, self.layer = model, layer
+        self.backbone, self.config = load_backbone(model)
+        if not 0 <= layer <= self.backbone.encoder.num_layers:
+            raise HarkenError(f"`--layer` must lie in 0..{self.backbone.encoder.num_layers} for {model}, got {layer}")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.backbone.to(self.device)
+        self.spec = self.backbone.spec
+
+    def describe(self) -> str:
+        """Return the layer and the hash of the weights."""
+        return f"hidden layer {self.layer} of model {sha256_file(find_model(self.model) / WEIGHTS)[:16]}"
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> list[Frames]:
+        """Return `(T, D)` for each row."""
+        on_device = batch.to(self.device)
+        encoded = self.backbone(on_device.inputs, batch.lengths, layers=(self.layer,))
+        hidden = encoded.hidden[self.layer].float().cpu().numpy()
+        return [hidden[row, :length] for row, length in enumerate(encoded.lengths.tolist())]
+
+
+def make_features(kind: str, *, model: str | Path | None = None, layer: int | None = None, normalize: bool = False, sample_rate: int = 16000) -> Features:
+    """Make features by name: `mfcc`, or `hidden` of a model's layer."""
+    if kind == "mfcc":
+        return Mfcc(sample_rate, normalize)
+    if kind != "hidden":
+        raise HarkenError(f"`--features` must be `mfcc` or `hidden`, got `{kind}`")
+    if model is None or layer is None:
+        raise HarkenError("`--features hidden` needs `--model` and `--layer`")
+    return Hidden(str(model), layer)

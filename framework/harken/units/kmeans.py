@@ -1,0 +1,123 @@
+"""k-means: k-means++ start, mini-batch Lloyd, then whole passes of Lloyd; seeded, float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harken.core.errors import HarkenError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KMeansConfig:
+    """Settings of a fit. HuBERT uses 100 clusters on MFCC and 500 on hidden layers (arXiv 2106.07447 section IV-B)."""
+
+    clusters: int = 100
+    seed: int = 0
+    batch_frames: int = 10_000
+    """fairseq `learn_kmeans.py`: 10000."""
+    epochs: int = 2
+    """Mini-batch passes over the sample."""
+    lloyd_passes: int = 20
+    """Whole passes afterwards, fewer when the inertia falls by less than `tolerance`."""
+    tolerance: float = 1e-4
+    start_frames: int = 50_000
+    """Frames that the k-means++ start is drawn from."""
+
+
+def assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest centroid of each frame `(N,)` and its squared distance `(N,)`; the lowest index wins a tie."""
+    scores = frames @ centroids.T - 0.5 * centroids.square().sum(1)
+    best, labels = scores.max(1)
+    return labels, (frames.square().sum(1) - 2 * best).clamp(min=0)
+
+
+def fit(frames: NDArray[np.float32], config: KMeansConfig, say: Say = print) -> tuple[NDArray[np.float32], float]:
+    """Return centroids `(K, D)` and the inertia (sum of squared distances) of frames `(N, D)`.
+
+    Raises HarkenError when there are fewer frames than clusters.
+    """
+    if len(frames) < config.clusters:
+        raise HarkenError(f"{config.clusters} clusters need at least as many frames, got {len(frames)}")
+    rng = np.random.default_rng(config.seed)
+    data = torch.from_numpy(frames)
+    start = data[torch.from_numpy(rng.permutation(len(frames))[: max(config.start_frames, config.clusters)])]
+    centroids = plus_plus(start, config.clusters, rng)
+    say(f"k-means++ start: mean squared distance {float(assign(start, centroids)[1].mean()):.4f}")
+    centroids = _mini_batches(data, centroids, config, rng)
+    previous = float("inf")
+    for turn in range(config.lloyd_passes + 1):
+        sums, counts, inertia = _pass(data, centroids)
+        say(f"pass {turn}: mean squared distance {inertia / len(frames):.4f}, {int((counts == 0).sum())} empty clusters")
+        if turn == config.lloyd_passes or previous - inertia < config.tolerance * inertia:
+            break
+        previous = inertia
+        filled = counts > 0
+        centroids[filled] = (sums[filled] / counts[filled, None]).float()
+        if not filled.all():  # an empty cluster takes a random frame
+            centroids[~filled] = data[torch.from_numpy(rng.integers(len(frames), size=int((~filled).sum())))]
+    return centroids.numpy(), inertia
+
+
+def plus_plus(frames: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
+    """Return `(K, D)` starting centroids, each the best of a few drawn in proportion to the squared distance.
+
+    Source: Arthur and Vassilvitskii 2007; 2 + log K candidates a step as scikit-learn draws them.
+    """
+    trials = 2 + int(np.log(clusters))
+    chosen = [int(rng.integers(len(frames)))]
+    squares = frames.square().sum(1)
+    distance = _squared(frames, squares, frames[chosen])[0]
+    for _ in range(1, clusters):
+        total = distance.double().cumsum(0)
+        points = torch.from_numpy(rng.random(trials)) * total[-1]
+        candidates = torch.searchsorted(total, points).clamp(max=len(frames) - 1)
+        reached = torch.minimum(distance, _squared(frames, squares, frames[candidates]))
+        best = int(reached.double().sum(1).argmin())
+        distance = reached[best]
+        chosen.append(int(candidates[best]))
+    return frames[chosen].clone()
+
+
+def _squared(frames: Tensor, squares: Tensor, points: Tensor) -> Tensor:
+    return (squares - 2 * points @ frames.T + points.square().sum(1)[:, None]).clamp(min=0)
+
+
+def _mini_batches(data: Tensor, centroids: Tensor, config: KMeansConfig, rng: np.random.Generator) -> Tensor:
+    """Move centroids by batches, each with the running mean of what it was given. Source: Sculley 2010."""
+    seen = torch.zeros(len(centroids), dtype=torch.float64)
+    for _ in range(config.epochs):
+        order = torch.from_numpy(rng.permutation(len(data)))
+        for batch in order.split(config.batch_frames):
+            frames = data[batch]
+            sums, counts = _sums(frames, assign(frames, centroids)[0], len(centroids))
+            seen += counts
+            hit = counts > 0
+            move = (sums[hit] - counts[hit, None] * centroids[hit].double()) / seen[hit, None]
+            centroids[hit] += move.float()
+    return centroids
+
+
+def _pass(data: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, float]:
+    sums = torch.zeros(centroids.shape, dtype=torch.float64)
+    counts = torch.zeros(len(centroids), dtype=torch.float64)
+    inertia = 0.0
+    for frames in data.split(65536):
+        labels, distance = assign(frames, centroids)
+        batch_sums, batch_counts = _sums(frames, labels, len(centroids))
+        sums += batch_sums
+        counts += batch_counts
+        inertia += float(distance.double().sum())
+    return sums, counts, inertia
+
+
+def _sums(frames: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    sums = torch.zeros(clusters, frames.shape[1], dtype=torch.float64).index_add_(0, labels, frames.double())
+    return sums, torch.bincount(labels, minlength=clusters).double()

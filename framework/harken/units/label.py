@@ -1,0 +1,207 @@
+"""Labelling: a streamed, resumable pass into a store whose size is known before it starts.
+
+The place of every cut's labels follows from its duration, so processes write their own ranges of one file and nothing
+is merged. Batches are planned once for the manifest, whatever the number of processes, and each is computed on one
+thread: the bits do not depend on how the work was divided.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from harken.config.schema import BatchConfig, DataConfig
+from harken.core.batch import Batch
+from harken.core.draws import Draws
+from harken.core.errors import HarkenError
+from harken.core.files import write_json_atomic, write_text_atomic
+from harken.data.dataset import collate
+from harken.data.manifest import Manifest
+from harken.data.plan import make_plan, select
+from harken.data.read import UnreadableAudio, read_cut
+from harken.data.dataset import Row
+from harken.units.clusterer import Clusterer
+from harken.units.features import Features
+from harken.units.store import Card
+
+BATCHES_OF_A_PIECE = 8
+TOLERANCE = 2  # frames by which a decoded file may differ from its stated duration
+MakeFeatures = Callable[[], Features]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a labelling needs; it is pickled to them."""
+
+    out: Path
+    manifests: tuple[str, ...]
+    clusterer: str
+    features: MakeFeatures
+    sample_rate: int
+    max_seconds: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where labels go: sorted ids, `(N + 1)` offsets, and the pieces of batches of (manifest, place)."""
+
+    ids: list[str]
+    index: NDArray[np.int64]
+    rows: dict[str, int]
+    pieces: list[list[tuple[int, NDArray[np.int64]]]]
+
+
+def label(job: Job, processes: int, say: Callable[[str], None]) -> Card:
+    """Label manifests into a store, continuing where an earlier call stopped.
+
+    Raises HarkenError when the clusterer was fitted on other features, or a process failed.
+    """
+    clusterer = Clusterer.load(job.clusterer)
+    features = job.features()
+    if features.describe() != clusterer.features:
+        raise HarkenError(f"{job.clusterer} clusters `{clusterer.features}`, and these features are `{features.describe()}`")
+    layout = plan_layout(job, features)
+    card = Card(
+        clusters=len(clusterer.centroids),
+        sample_rate=job.sample_rate,
+        hop=features.spec.stride,
+        center=(features.spec.receptive_field - 1) / 2,
+        features=clusterer.features,
+        clusterer=clusterer.digest,
+        dtype="uint8" if len(clusterer.centroids) <= 256 else "uint16",
+        cuts=len(layout.ids),
+        labels=int(layout.index[-1]),
+    )
+    if not _start_store(job, layout, card):
+        say(f"{job.out} is finished: nothing to do")
+        return card
+    todo = [piece for piece in range(len(layout.pieces)) if not _marker(job.out, piece).is_file()]
+    say(f"{len(layout.ids)} cuts, {card.labels} labels of {card.clusters} clusters at {card.rate:g} Hz; {len(todo)} of {len(layout.pieces)} pieces to do")
+    _run(job, todo, processes)
+    _finish(job, layout, card)
+    return card
+
+
+def plan_layout(job: Job, features: Features) -> Layout:
+    """Plan batches and offsets from durations alone."""
+    batches: list[tuple[int, NDArray[np.int64]]] = []
+    entries: list[tuple[str, int]] = []
+    for number, path in enumerate(job.manifests):
+        manifest = Manifest(path)
+        seconds = np.asarray(manifest.seconds)
+        limit = max(job.max_seconds, float(seconds.max()))
+        plan = make_plan(select(seconds, 0.0, limit, None), BatchConfig(max_seconds=limit, seconds_per_step=limit), Draws(0, 0), shuffle=False)
+        batches += [(number, plan[place]) for place in range(len(plan))]
+        for place, duration in enumerate(seconds.tolist()):
+            entries.append((str(manifest.line(place)["id"]), int(features.spec.num_frames(round(duration * job.sample_rate)))))
+    entries.sort()
+    ids = [name for name, _ in entries]
+    if len(set(ids)) != len(ids):
+        raise HarkenError(f"a cut id occurs twice in {', '.join(job.manifests)}: labels are keyed by id")
+    index = np.cumsum([0, *(count for _, count in entries)], dtype=np.int64)
+    pieces = [batches[start : start + BATCHES_OF_A_PIECE] for start in range(0, len(batches), BATCHES_OF_A_PIECE)]
+    return Layout(ids, index, {name: row for row, name in enumerate(ids)}, pieces)
+
+
+def _start_store(job: Job, layout: Layout, card: Card) -> bool:
+    """Make the store's files, or check that those that are there belong to this labelling; False when it is finished."""
+    plan = {**vars(card), "manifests": [Manifest(path).card["sha256"] for path in job.manifests]}
+    path = job.out / "plan.json"
+    if path.is_file():
+        if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
+            raise HarkenError(f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it")
+        return not (job.out / "card.json").is_file()
+    if job.out.exists() and any(job.out.iterdir()):
+        raise HarkenError(f"{job.out} is not empty and holds no labelling: choose another folder")
+    (job.out / "pieces").mkdir(parents=True)
+    write_text_atomic(job.out / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
+    np.save(job.out / "index.npy", layout.index)
+    with (job.out / "labels.bin").open("wb") as stream:
+        stream.truncate(card.labels * np.dtype(card.dtype).itemsize)
+    write_json_atomic(path, plan)
+    return True
+
+
+def _marker(out: Path, piece: int) -> Path:
+    return out / "pieces" / f"{piece:06d}.json"
+
+
+def _run(job: Job, todo: list[int], processes: int) -> None:
+    if processes <= 1 or len(todo) <= 1:
+        _work(job, todo)
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=(job, todo[number::processes])) for number in range(min(processes, len(todo)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    failed = [worker.exitcode for worker in workers if worker.exitcode]
+    if failed:
+        raise HarkenError(f"{len(failed)} of {len(workers)} labelling processes failed (exit {failed}); finished pieces are kept, run the same command again")
+
+
+def _work(job: Job, pieces: list[int]) -> None:
+    torch.set_num_threads(1)
+    features = job.features()
+    layout = plan_layout(job, features)
+    clusterer = Clusterer.load(job.clusterer)
+    manifests = [Manifest(path) for path in job.manifests]
+    dtype = np.dtype("uint8" if len(clusterer.centroids) <= 256 else "uint16")
+    descriptor = os.open(job.out / "labels.bin", os.O_WRONLY)
+    try:
+        for piece in pieces:
+            unreadable: dict[str, str] = {}
+            for number, places in layout.pieces[piece]:
+                batch = _read(manifests[number], places, job.sample_rate, unreadable)
+                if batch is None:
+                    continue
+                for cut, frames in zip(batch.ids, features(batch), strict=True):
+                    row = layout.rows[cut]
+                    first, last = int(layout.index[row]), int(layout.index[row + 1])
+                    labels = _fit_length(clusterer(frames), last - first, cut, unreadable)
+                    os.pwrite(descriptor, labels.astype(dtype).tobytes(), first * dtype.itemsize)
+            os.fsync(descriptor)
+            write_json_atomic(_marker(job.out, piece), {"unreadable": unreadable})
+    finally:
+        os.close(descriptor)
+
+
+def _read(manifest: Manifest, places: NDArray[np.int64], sample_rate: int, unreadable: dict[str, str]) -> Batch | None:
+    rows = []
+    for place in places:
+        cut = manifest[int(place)]
+        try:
+            rows.append(Row(cut.id, "", read_cut(cut, sample_rate), 0))
+        except UnreadableAudio as error:
+            unreadable[cut.id] = str(error)
+    return collate(rows) if rows else None
+
+
+def _fit_length(labels: NDArray[Any], expected: int, cut: str, unreadable: dict[str, str]) -> NDArray[Any]:
+    """Give a cut exactly the labels its duration promises; what differs by more than the tolerance is named."""
+    if abs(len(labels) - expected) > TOLERANCE:
+        unreadable[cut] = f"cut `{cut}` gives {len(labels)} frames where its duration promises {expected}"
+    if len(labels) < expected:
+        labels = np.pad(labels, (0, expected - len(labels)), mode="edge" if len(labels) else "constant")
+    return labels[:expected]
+
+
+def _finish(job: Job, layout: Layout, card: Card) -> None:
+    unreadable: dict[str, str] = {}
+    for piece in range(len(layout.pieces)):
+        unreadable.update(json.loads(_marker(job.out, piece).read_text())["unreadable"])
+    write_text_atomic(job.out / "unreadable.tsv", "".join(f"{cut}\t{reason}\n" for cut, reason in sorted(unreadable.items())))
+    for path in (job.out / "pieces").iterdir():
+        path.unlink()
+    (job.out / "pieces").rmdir()
+    card.write(job.out)

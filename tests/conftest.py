@@ -1,0 +1,124 @@
+"""A tiny corpus that every test may read: seeded tones and noise as FLAC, manifests, characters, labels made by harken."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+RATE = 16000
+CLUSTERS = 12
+# each character sounds as its own tone, so that CTC and k-means have something to find
+TONES = {"a": 300.0, "b": 700.0, "c": 1500.0, "d": 3100.0, " ": 0.0}
+ENCODER = {"name": "transformer", "dim": 32, "layers": 2, "heads": 4, "ffn_dim": 64, "position_kernel": 8, "position_groups": 4}
+FRONTENDS: dict[str, dict[str, Any]] = {
+    "filterbank": {"name": "filterbank", "bands": 20, "channels": 24, "subsampling": 2},
+    "waveform": {"name": "waveform", "channels": 16, "grad_scale": 0.1},
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the parts of the tiny corpus are, and configurations that train on it."""
+
+    root: Path
+    train: Path
+    valid: Path
+    tokens: Path
+    clusterer: Path
+    labels: Path
+
+    def settings(self, objective: str, frontend: str) -> dict[str, Any]:
+        """Return the plain data of a run: eight ragged micro-batches a step, dropout and layer drop on."""
+        parts: dict[str, dict[str, Any]] = {
+            "hubert": {"name": "hubert", "classes": [CLUSTERS], "code_dim": 16, "mask_length": 4},
+            "ctc": {"name": "ctc", "tokenizer": str(self.tokens), "mask_length": 4, "freeze_frontend": False, "dropout": 0.1},
+        }
+        return {
+            "seed": 7,
+            "frontend": FRONTENDS[frontend],
+            "encoder": {**ENCODER, "layer_drop": 0.2},
+            "objective": parts[objective],
+            "optimizer": {"name": "adamw"},
+            "schedule": {"name": "constant", "rate": 1e-3, "warmup_steps": 2},
+            "data": {
+                "train": str(self.train),
+                "labels": [str(self.labels)] if objective == "hubert" else [],
+                "max_seconds": 3.1,
+                "workers": 0,
+            },
+            "batch": {"max_seconds": 6.0, "seconds_per_step": 48.0},
+            "train": {"steps": 6},
+            "engine": {"threads": 1},
+            "checkpoint": {"every_steps": 100},
+            "log": {"every_steps": 100, "tensorboard": False, "samples": True, "peak_tflops": 1.0},
+        }
+
+    def yaml(self, folder: Path, objective: str, frontend: str) -> Path:
+        """Write a run's settings into a folder and return the file."""
+        from omegaconf import OmegaConf
+
+        path = folder / f"{objective}-{frontend}.yaml"
+        OmegaConf.save(OmegaConf.create(self.settings(objective, frontend)), path)
+        return path
+
+    def config(self, objective: str, frontend: str, *overrides: str) -> Any:
+        """Return a run's configuration."""
+        from harken.config.load import load
+
+        return load([self.yaml(self.root, objective, frontend)], overrides).config
+
+
+def make_cuts(root: Path, name: str, count: int, seed: int) -> Path:
+    """Write `count` utterances of 0.6 to 3 s and their manifest; the same seed gives the same bytes."""
+    import soundfile
+    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+
+    rng = np.random.default_rng(seed)
+    (root / "audio").mkdir(parents=True, exist_ok=True)
+    cuts = []
+    for number in range(count):
+        inner = "".join(rng.choice(list(TONES), size=int(rng.integers(1, 11))))
+        text = " ".join(f"{rng.choice(list('abcd'))}{inner}{rng.choice(list('abcd'))}".split())
+        samples = int(np.clip(0.22 * len(text) * rng.uniform(0.9, 1.1), 0.6, 3.0) * RATE)
+        pitch = np.repeat([TONES[character] for character in text], -(-samples // len(text)))[:samples]
+        wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / RATE) + 0.02 * rng.standard_normal(samples)
+        path = root / "audio" / f"{name}-{number:03d}.flac"
+        soundfile.write(path, wave, RATE)
+        recording = Recording.from_file(path)
+        cut = f"{name}-{number:03d}"
+        segment = SupervisionSegment(cut, recording.id, 0.0, recording.duration, text=text)
+        cuts.append(MonoCut(cut, 0.0, recording.duration, 0, recording=recording, supervisions=[segment]))
+    CutSet.from_cuts(cuts).to_jsonl(root / f"{name}.jsonl")
+    return root / f"{name}.jsonl"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """64 training and 8 validation utterances with transcripts, a tokenizer, a clusterer and labels."""
+    from harken.config.schema import DataConfig
+    from harken.data.manifest import Manifest
+    from harken.data.tokens import Characters
+    from harken.units.clusterer import fit_clusterer
+    from harken.units.features import Mfcc, make_features
+    from harken.units.kmeans import KMeansConfig
+    from harken.units.label import Job, label
+
+    root = tmp_path_factory.mktemp("corpus")
+    train, valid = make_cuts(root, "train", 64, seed=1), make_cuts(root, "valid", 8, seed=2)
+    Characters.train(cut.supervisions[0].text for cut in Manifest(train)).save(root / "tokens.txt")
+    data = DataConfig(train=str(train), workers=0)
+    config = KMeansConfig(clusters=CLUSTERS)
+    fit_clusterer(root / "clusterer", str(train), Mfcc(), data, config, max_frames=10_000, say=lambda _: None)
+    features = functools.partial(make_features, "mfcc")
+    job = Job(root / "labels", (str(train), str(valid)), str(root / "clusterer"), features, RATE, 60.0)
+    label(job, 1, lambda _: None)
+    return Corpus(root, train, valid, root / "tokens.txt", root / "clusterer", root / "labels")

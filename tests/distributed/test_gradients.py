@@ -1,0 +1,93 @@
+"""One step's gradient does not depend on how its micro-batches are divided over processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+WORKER = Path(__file__).with_name("worker_gradient.py")
+WORLDS = (1, 2, 4)
+CASES = ("hubert-filterbank", "hubert-waveform", "ctc-filterbank", "ctc-waveform", "dropped-layer")
+
+
+def torchrun(processes: int, *arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def steps(corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The first step of every case on 1 process x 8 micro-batches, 2 x 4 and 4 x 2; dropout is on in all of them."""
+    folder = tmp_path_factory.mktemp("gradients")
+    configs = [corpus.yaml(folder, *case.split("-")) for case in CASES if case != "dropped-layer"]
+    settings = corpus.settings("hubert", "filterbank")
+    settings["encoder"]["layer_drop"] = 0.5
+    OmegaConf.save(OmegaConf.create(settings), folder / "dropped-layer.yaml")
+    for world in WORLDS:
+        (folder / str(world)).mkdir()
+        torchrun(world, WORKER, folder / str(world), *configs, folder / "dropped-layer.yaml")
+    return {world: folder / str(world) for world in WORLDS}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_do_not_depend_on_the_number_of_processes(steps, case: str, zero_stage: int) -> None:
+    records = {world: torch.load(folder / f"{case}-{zero_stage}.pt") for world, folder in steps.items()}
+    alone = records[1]
+    assert alone["applied"]
+    assert len(alone["lengths"]) == 8
+    assert len({length for row in alone["lengths"] for length in row}) > 8, "the batch must be ragged"
+    for world in WORLDS[1:]:
+        record = records[world]
+        assert len(record["lengths"]) == 8 // world
+        assert record["gradients"].keys() == alone["gradients"].keys()
+        flat, expected = (torch.cat([value.flatten() for value in r["gradients"].values()]) for r in (record, alone))
+        error = relative_error(flat, expected)
+        each = {
+            name: relative_error(record["gradients"][name], value)
+            for name, value in alone["gradients"].items()
+            if value.norm() > 0
+        }
+        worst = max(each, key=lambda name: each[name])
+        print(f"{case} ZeRO {zero_stage}, 1 x 8 against {world} x {8 // world}: {error:.1e}, worst {worst} {each[worst]:.1e}")
+        assert error < 1e-5
+        assert each[worst] < 1e-5, worst
+        # clipping must see the same norm
+        assert record["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+        assert record["norm"] == pytest.approx(float(expected.norm()), rel=1e-5)
+
+
+def test_zero_2_gives_the_gradient_of_zero_0(steps) -> None:
+    for case in CASES:
+        plain, partitioned = (torch.load(steps[1] / f"{case}-{stage}.pt")["gradients"] for stage in (0, 2))
+        for name, value in plain.items():
+            assert relative_error(partitioned[name], value) < 1e-6 or value.norm() == 0, (case, name)
+
+
+def test_the_dropped_layer_has_no_gradient_on_any_rank(steps) -> None:
+    for folder in steps.values():
+        gradients = torch.load(folder / "dropped-layer-0.pt")["gradients"]
+        reached = [
+            any(f".blocks.{block}." in name and value.norm() > 0 for name, value in gradients.items()) for block in (0, 1)
+        ]
+        assert sorted(reached) == [False, True], "choose a seed that drops one of the two layers in the first step"

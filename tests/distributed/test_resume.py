@@ -1,0 +1,215 @@
+"""2N steps equal N, a restart, and N more, bit for bit; whatever ended the first part."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+WORKER = Path(__file__).with_name("worker_train.py")
+STEPS = 8
+HALF = 4
+# objective, frontend, loader workers, ZeRO stage
+ALONE = [
+    ("hubert", "filterbank", 0, 0),
+    ("hubert", "filterbank", 2, 0),
+    ("ctc", "filterbank", 2, 0),
+    ("ctc", "waveform", 0, 2),
+]
+TWO = [("hubert", "filterbank", 2, 2), ("ctc", "waveform", 0, 0)]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def write_config(corpus, folder: Path, case: tuple[str, str, int, int], **changes: Any) -> Path:
+    """Dropout, layer drop, an average of the weights and validation are on; an epoch has three steps."""
+    objective, frontend, workers, zero_stage = case
+    settings = corpus.settings(objective, frontend)
+    settings["data"].update(workers=workers, valid=str(corpus.valid))
+    settings["train"].update(steps=STEPS, valid_every_steps=3, ema_decay=0.9)
+    settings["engine"]["zero_stage"] = zero_stage
+    if objective == "ctc":
+        settings["objective"].update(freeze_steps=2, layer_decay=0.8)
+    for group, values in changes.items():
+        settings[group].update(values)
+    path = folder / f"{objective}-{frontend}-{workers}-{zero_stage}.yaml"
+    OmegaConf.save(OmegaConf.create(settings), path)
+    return path
+
+
+def run_worker(processes: int, jobs: list[tuple[Path, Path, int]]) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = [str(item) for job in jobs for item in job]
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), str(WORKER), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Return where two nested values differ; tensors must be equal to the bit."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [line for key in a for line in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, f"{path}[{i}]")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if hasattr(a, "__dict__") and type(a) is type(b):
+        return differences(vars(a), vars(b), path)
+    return [] if a == b else [path]
+
+
+def final_state(exp: Path, steps: int) -> dict[str, Any]:
+    """Return everything the last checkpoint holds, the clock left out, and which samples each micro-batch had."""
+    from safetensors.torch import load_file
+
+    folder = exp / "checkpoints" / f"step-{steps:08d}"
+    state = json.loads((folder / "state.json").read_text())
+    del state["wall_seconds"]
+    shards = {
+        str(path.relative_to(folder)): torch.load(path, weights_only=False) for path in sorted(folder.glob("engine/**/*.pt"))
+    }
+    assert any("optimizer" in shard or "optimizer_state_dict" in shard for shard in shards.values())
+    samples: dict[tuple[int, int], dict[str, Any]] = {}
+    for path in exp.glob("samples.rank*.jsonl"):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            samples[row["step"], row["micro_batch"]] = row  # steps after the last checkpoint are written again
+    return {
+        "weights": load_file(folder / "model.safetensors"),
+        "average": load_file(folder / "average.safetensors"),
+        "engine": shards,
+        "state": state,
+        "samples": {key: samples[key] for key in sorted(samples)},
+    }
+
+
+def assert_equal_runs(a: Path, b: Path, steps: int) -> None:
+    first, second = final_state(a, steps), final_state(b, steps)
+    assert len(first["samples"]) == steps * 8
+    assert differences(first, second) == []
+
+
+@pytest.fixture(scope="module")
+def halves(corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each case run through, and run to half by SIGTERM and continued by another process, on one process and on two."""
+    folder = tmp_path_factory.mktemp("resume")
+    for processes, cases in ((1, ALONE), (2, TWO)):
+        root = folder / str(processes)
+        root.mkdir()
+        configs = {case: write_config(corpus, root, case) for case in cases}
+        first: list[tuple[Path, Path, int]] = []
+        for path in configs.values():
+            first += [(path, root / f"{path.stem}-whole", 0), (path, root / f"{path.stem}-halves", HALF)]
+        run_worker(processes, first)
+        assert not any((root / f"{path.stem}-halves/checkpoints/step-{STEPS:08d}").exists() for path in configs.values())
+        run_worker(processes, [(path, root / f"{path.stem}-halves", 0) for path in configs.values()])
+    return folder
+
+
+@pytest.mark.parametrize(("processes", "case"), [(1, case) for case in ALONE] + [(2, case) for case in TWO])
+def test_a_restart_changes_no_bit(halves: Path, processes: int, case) -> None:
+    name = halves / str(processes) / "-".join(map(str, case))
+    assert_equal_runs(Path(f"{name}-whole"), Path(f"{name}-halves"), STEPS)
+
+
+def test_loader_workers_change_no_bit(halves: Path) -> None:
+    assert_equal_runs(halves / "1/hubert-filterbank-0-0-whole", halves / "1/hubert-filterbank-2-0-whole", STEPS)
+
+
+def test_two_processes_see_the_samples_of_one(halves: Path) -> None:
+    alone, both = (final_state(halves / run, STEPS) for run in ("1/hubert-filterbank-2-0-whole", "2/hubert-filterbank-2-2-whole"))
+    assert both["samples"] == alone["samples"]
+    for name, value in alone["weights"].items():
+        assert torch.allclose(both["weights"][name], value, rtol=1e-3, atol=1e-5), name
+
+
+def start_training(config: Path, exp: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "harken.apps.main", "train", str(config), "--exp", str(exp)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+
+
+def steps_logged(exp: Path) -> int:
+    path = exp / "samples.rank0.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"the run ended before its time: {process.stdout.read() if process.stdout else ''}"
+        assert time.monotonic() < limit, "the run made no progress"
+        time.sleep(0.001)
+
+
+def kill(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """SIGKILL a run and return the processes it had started."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
+    return children
+
+
+def test_killed_at_any_moment_it_continues_as_if_nothing_had_been(corpus, tmp_path: Path) -> None:
+    """SIGKILL at a random moment and while saving, SIGTERM, a checkpoint cut in half: one run survives them all."""
+    steps, exp = 40, tmp_path / "killed"
+    config = write_config(
+        corpus,
+        tmp_path,
+        ("hubert", "filterbank", 2, 0),
+        train={"steps": steps, "valid_every_steps": 1000},
+        checkpoint={"every_steps": 1, "keep_last": 3},
+    )
+    orphans: list[psutil.Process] = []
+
+    process = start_training(config, exp)
+    wait_until(process, lambda: steps_logged(exp) >= 3)
+    time.sleep(random.Random(5).uniform(0.0, 0.5))
+    orphans += kill(process)
+    assert len(orphans) >= 2, "the loader's workers were running"
+
+    process = start_training(config, exp)
+    before = steps_logged(exp)
+    wait_until(process, lambda: steps_logged(exp) >= before + 2 and any((exp / "checkpoints").glob(".step-*.tmp")))
+    orphans += kill(process)
+
+    process = start_training(config, exp)
+    before = steps_logged(exp)
+    wait_until(process, lambda: steps_logged(exp) >= before + 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "asked to stop: saved step" in output
+
+    folders = sorted((exp / "checkpoints").glob("step-*"))
+    newest = folders[-1] / "model.safetensors"
+    os.truncate(newest, newest.stat().st_size // 2)
+    process = start_training(config, exp)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"WARNING checkpoint {folders[-1]} is damaged (model.safetensors is not as it was written)" in output
+    assert f"continuing from {folders[-2]}" in output
+
+    run_worker(1, [(config, tmp_path / "whole", 0)])
+    assert_equal_runs(tmp_path / "whole", exp, steps)
+    _, alive = psutil.wait_procs(orphans, timeout=30)
+    assert alive == [], "the loader's workers outlived their run"

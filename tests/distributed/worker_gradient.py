@@ -1,0 +1,64 @@
+"""Takes the first step of several runs and writes the gradients that the optimiser was given; started by torchrun.
+
+usage: worker_gradient.py OUT CONFIG...: each configuration runs with ZeRO 0 and 2; rank 0 writes OUT/CONFIG-zero.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from harken.config.load import load
+from harken.config.registry import build
+from harken.core import distributed
+from harken.engine.deepspeed import DeepSpeedEngine, start_processes
+from harken.objectives.saved import build_objective, build_prepare
+from harken.train.loop import _step
+from harken.train.run import _build
+
+
+def gradients_before_step(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Make the engine note its reduced gradients when it is asked to step."""
+    found: dict[str, torch.Tensor] = {}
+    take_step = engine.step
+
+    def step() -> bool:
+        for name, parameter in engine.model.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                found[name] = gradient.detach().double().clone()
+        return take_step()
+
+    engine.step = step  # type: ignore[method-assign]
+    return found
+
+
+def main(out: Path, configs: list[Path]) -> None:
+    for path in configs:
+        for stage in (0, 2):
+            config = load([path], [f"engine.zero_stage={stage}"]).config
+            start_processes(config.engine)
+            spec = build("frontend", config.frontend).spec
+            folder = out / f"run-{path.stem}-{stage}"
+            folder.mkdir(exist_ok=True)
+            run = _build(config, folder, build_objective, lambda train, c=config, s=spec: build_prepare(c, s, train=train), spec)
+            gradients = gradients_before_step(run.engine)
+            batches, _ = next(run.loader.steps(run.state.position))
+            applied = _step(run, batches)
+            run.log.close()
+            if distributed.is_main():
+                record = {
+                    "gradients": gradients,
+                    "norm": run.engine.grad_norm,
+                    "applied": applied,
+                    "names": [name for name, _ in run.engine.model.named_parameters()],
+                    "lengths": [batch.lengths.tolist() for batch in batches],
+                }
+                torch.save(record, out / f"{path.stem}-{stage}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
