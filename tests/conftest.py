@@ -55,7 +55,7 @@ class Corpus:
                 "max_seconds": 3.1,
                 "workers": 0,
             },
-            "batch": {"max_seconds": 6.0, "seconds_per_step": 48.0},
+            "batch": {"max_seconds": 4.0, "seconds_per_step": 32.0},
             "train": {"steps": 6},
             "engine": {"threads": 1},
             "checkpoint": {"every_steps": 100},

@@ -1,14 +1,21 @@
-"""Trains several runs one after the other in one process (or one group of them), as `harken train` would each.
+"""Trains several runs as `harken train` would, each group of runs in fresh processes.
 
-usage: worker_train.py CONFIG EXP STOP [CONFIG EXP STOP ...]; after step STOP the process signals itself to stop (0: never).
+usage: worker_train.py PLAN.json, a list of {"processes": N, "jobs": [[CONFIG, EXP, STOP], ...]}: the jobs of an entry run
+one after the other in N new processes; after step STOP one rank signals itself to stop (0: it does not). The processes
+are forked from this one, which has only imported things, so that importing is paid for once.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
+
+import deepspeed  # noqa: F401  imported before the processes are forked
+import torch._dynamo  # noqa: F401  so is this, which torch's optimisers import
 
 from harken.config.load import load
 from harken.config.registry import build
@@ -40,7 +47,29 @@ def train(path: str, folder: str, stop: int) -> None:
     assert ending == ("stopped" if stop else "finished"), ending
 
 
+def run_group(processes: int, jobs: list[tuple[str, str, int]]) -> None:
+    """Run jobs in forked processes that find the variables torchrun sets; raise when one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+            if processes > 1:
+                os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1")
+            for job in jobs:
+                train(*job)
+            sys.exit(0)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(statuses), f"processes ended with {statuses}"
+
+
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    for path, folder, stop in zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True):
-        train(path, folder, int(stop))
+    pid = os.getpid()
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        run_group(entry["processes"], entry["jobs"])
+        assert os.getpid() == pid

@@ -12,7 +12,9 @@ EXAMPLE = "harken average exp/finetune --last 5 --out exp/finetune/average"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("models", nargs="+", type=Path, help="an experiment, or the checkpoints themselves")
-    parser.add_argument("--last", type=int, default=0, help="take the newest N checkpoints of the experiment (all that are kept)")
+    parser.add_argument(
+        "--last", type=int, default=0, help="take the newest N checkpoints of the experiment (all that are kept)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="model folder to write")
 
 

@@ -10,7 +10,9 @@ EXAMPLE = "harken config conf/pretrain.yaml encoder.layers=6"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("config", nargs="*", help="YAML files or presets, merged left to right, then key=value overrides")
+    parser.add_argument(
+        "config", nargs="*", help="YAML files or presets, merged left to right, then key=value overrides"
+    )
     parser.add_argument("--yaml", action="store_true", help="print YAML that `harken train` reads back instead")
     parser.add_argument("--presets", action="store_true", help="list the configurations that harken ships")
 

@@ -13,18 +13,12 @@ EXAMPLE = "harken data scan corpus/wav --out data/all.jsonl\n  harken data scan 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sub-verbs and their options."""
     verbs = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _scan_arguments(
-        _sub(verbs, "scan", "harken data scan corpus/wav --text corpus/text --out data/all.jsonl")
-    )
+    _scan_arguments(_sub(verbs, "scan", "harken data scan corpus/wav --text corpus/text --out data/all.jsonl"))
     index = _sub(verbs, "index", "harken data index data/train.jsonl data/dev.jsonl")
-    index.add_argument(
-        "manifests", nargs="+", type=Path, metavar="MANIFEST", help="Lhotse cuts as plain JSONL"
-    )
+    index.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="Lhotse cuts as plain JSONL")
     _verify_arguments(_sub(verbs, "verify", "harken data verify data/all.jsonl --clean data/clean.jsonl"))
     _stats_arguments(_sub(verbs, "stats", "harken data stats data/train.jsonl --max-seconds 87.5"))
-    _tokens_arguments(
-        _sub(verbs, "tokens", "harken data tokens data/train.jsonl --out data/bpe.model --size 500")
-    )
+    _tokens_arguments(_sub(verbs, "tokens", "harken data tokens data/train.jsonl --out data/bpe.model --size 500"))
 
 
 ACTIONS = {
@@ -57,20 +51,14 @@ def _scan_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder (wav, flac, mp3, ogg, opus; with folders below), a Kaldi directory, "
         "a .tsv (fairseq's, or with a header), a .jsonl (NeMo's keys, or Lhotse cuts or recordings)",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="MANIFEST.jsonl", help="the manifest to write"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST.jsonl", help="the manifest to write")
     parser.add_argument(
         "--text",
         metavar="FILE|.SUFFIX",
         help="texts: a file of `ID TEXT` lines, fairseq's .wrd or .ltr, or the suffix of files beside the audio (.txt)",
     )
-    parser.add_argument(
-        "--supervisions", type=Path, metavar="FILE", help="Lhotse supervisions of Lhotse recordings"
-    )
-    parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="folder that relative audio paths start from"
-    )
+    parser.add_argument("--supervisions", type=Path, metavar="FILE", help="Lhotse supervisions of Lhotse recordings")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder that relative audio paths start from")
     parser.add_argument(
         "--channels",
         choices=("first", "each"),
@@ -85,9 +73,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE.tsv", help="list of the bad cuts (default: MANIFEST.verify.tsv)"
     )
-    parser.add_argument(
-        "--clean", type=Path, metavar="OUT.jsonl", help="write the manifest without the bad cuts here"
-    )
+    parser.add_argument("--clean", type=Path, metavar="OUT.jsonl", help="write the manifest without the bad cuts here")
     parser.add_argument(
         "--sample-rate",
         type=int,
@@ -120,19 +106,13 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifests with texts")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="FILE.model for BPE, else characters"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.model for BPE, else characters")
     parser.add_argument("--kind", choices=("characters", "bpe"), help="(default: as the name of --out says)")
-    parser.add_argument(
-        "--size", type=int, metavar="N", help="classes of BPE, the blank included (default: 500)"
-    )
+    parser.add_argument("--size", type=int, metavar="N", help="classes of BPE, the blank included (default: 500)")
 
 
 def _jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="processes (default: the cores that are free to use)"
-    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: the cores that are free to use)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -167,9 +147,7 @@ def run_scan(args: argparse.Namespace) -> int:
         print(f"  {len(result.refused)} utterances were left out, all listed in {result.quarantine}:")
         for name, path, reason in result.refused[:5]:
             print(f"    {name} [{path}]: {reason}")
-    print(
-        f"{args.out}: {result.cuts} cuts, {result.seconds / 3600:.2f} h, from {args.source} ({result.kind})"
-    )
+    print(f"{args.out}: {result.cuts} cuts, {result.seconds / 3600:.2f} h, from {args.source} ({result.kind})")
     return 0
 
 
@@ -214,9 +192,7 @@ def run_stats(args: argparse.Namespace) -> int:
     from harken.data.stats import describe, render
 
     if args.max_seconds <= 0 or args.buckets < 1:
-        raise HarkenError(
-            f"--max-seconds and --buckets must be positive, got {args.max_seconds:g} and {args.buckets}"
-        )
+        raise HarkenError(f"--max-seconds and --buckets must be positive, got {args.max_seconds:g} and {args.buckets}")
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     found = []
     for path in args.manifests:

@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
     model, config = load_objective(args.model)
     if not isinstance(model, Ctc) or not isinstance(config.objective, CtcConfig):
-        raise HarkenError(f"{args.model} has objective `{config.objective.name}`; decoding needs a model fine-tuned with `ctc`")
+        raise HarkenError(
+            f"{args.model} has objective `{config.objective.name}`; decoding needs a model fine-tuned with `ctc`"
+        )
     model.to(device())
     tokenizer = load_tokenizer(config.objective.tokenizer)
     beam = args.method == "prefix_beam"
@@ -64,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
         out = args.out / f"{manifest.stem}.jsonl"
         write_hypotheses(out, utterances)
         seconds, spent = sum(utterance.seconds for utterance in utterances), time.perf_counter() - started
-        print(f"{out}: {len(utterances)} utterances, {seconds / 60:.1f} min of audio in {spent:.1f} s, {seconds / spent:.0f} x real time")
+        print(
+            f"{out}: {len(utterances)} utterances, {seconds / 60:.1f} min of audio in {spent:.1f} s, "
+            f"{seconds / spent:.0f} x real time"
+        )
     return 0
 
 
@@ -95,5 +100,7 @@ def decode_manifest(model: Ctc, manifest: Path, search: Search, max_seconds: flo
     for cut in opened:
         speaker = next((part.speaker for part in cut.supervisions if part.speaker), "?")
         reference = " ".join(part.text for part in cut.supervisions if part.text)
-        rows.append(Utterance(id=cut.id, speaker=speaker, ref=reference, hyp=texts.get(cut.id, ""), seconds=cut.duration))
+        rows.append(
+            Utterance(id=cut.id, speaker=speaker, ref=reference, hyp=texts.get(cut.id, ""), seconds=cut.duration)
+        )
     return rows

@@ -132,9 +132,7 @@ def check_requirements(report: Report, names: Iterable[str]) -> None:
             found = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             report.versions[requirement.name] = "missing"
-            report.problems.append(
-                Problem(what=f"{requirement.name} is not installed", fix=f"{pip()} '{requirement}'")
-            )
+            report.problems.append(Problem(what=f"{requirement.name} is not installed", fix=f"{pip()} '{requirement}'"))
             continue
         report.versions[requirement.name] = found
         if not requirement.specifier.contains(found, prereleases=True):

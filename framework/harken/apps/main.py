@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="harken",
         description="Pretrain and fine-tune speech and audio encoders.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="verbs:\n" + "\n".join(f"  {name:10}{text}" for name, text in VERBS.items()) + "\n\nexample:\n  harken train hubert_base --exp exp/base data.train=train.jsonl",
+        epilog="verbs:\n"
+        + "\n".join(f"  {name:10}{text}" for name, text in VERBS.items())
+        + "\n\nexample:\n  harken train hubert_base --exp exp/base data.train=train.jsonl",
     )
     parser.add_argument("--version", action="version", version=f"harken {__version__}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do; `harken VERB --help` tells more")
@@ -47,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(verb: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"harken.apps.{verb}" if verb != "import" else "harken.apps.import_")
     parser = argparse.ArgumentParser(
-        prog=f"harken {verb}", description=module.HELP, epilog=f"example:\n  {module.EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"harken {verb}",
+        description=module.HELP,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
     try:

@@ -12,7 +12,9 @@ EXAMPLE = "harken ngram train.jsonl --tokens tokens.txt --order 6 --out chars.ar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("manifest", nargs="+", help="indexed manifests with transcripts; never the test set's")
-    parser.add_argument("--tokens", required=True, help="the model's tokenizer: list of characters or sentencepiece .model")
+    parser.add_argument(
+        "--tokens", required=True, help="the model's tokenizer: list of characters or sentencepiece .model"
+    )
     parser.add_argument("--order", type=int, default=6, help="longest n-gram (6)")
     parser.add_argument("--out", required=True, type=Path)
 
@@ -26,7 +28,11 @@ def run(args: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(args.tokens)
     names = tokenizer.symbols()
-    texts = [" ".join(part.text for part in cut.supervisions if part.text) for path in args.manifest for cut in Manifest(path)]
+    texts = [
+        " ".join(part.text for part in cut.supervisions if part.text)
+        for path in args.manifest
+        for cut in Manifest(path)
+    ]
     sequences = [[names[token] for token in tokenizer.encode(text)] for text in texts if text]
     save_arpa(train_ngram(sequences, order=args.order, vocabulary=names[1:]), args.out)
     print(f"{args.out}: order {args.order} over {tokenizer.size - 1} tokens from {len(sequences)} transcripts")

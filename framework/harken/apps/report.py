@@ -20,9 +20,7 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument(
-        "experiment", type=Path, metavar="EXP", help="folder of a recipe's experiment, or of one run"
-    )
+    parser.add_argument("experiment", type=Path, metavar="EXP", help="folder of a recipe's experiment, or of one run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: EXP/report.html)")
     parser.add_argument(
         "--model",
@@ -36,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MANIFEST",
         help="where utterances come from; may be given again (default: data.valid of the model)",
     )
-    parser.add_argument(
-        "--utterances", type=int, default=3, metavar="N", help="utterances shown (3; 0 loads no model)"
-    )
+    parser.add_argument("--utterances", type=int, default=3, metavar="N", help="utterances shown (3; 0 loads no model)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,14 +86,17 @@ def _views(experiment: Experiment, args: argparse.Namespace) -> tuple[list[View]
                 f"harken report {args.experiment} --cuts MANIFEST",
             )
             return [], ""
-        return show_utterances(ctc, cuts, experiment.hypotheses, experiment.stores, args.utterances)
+        views, how = show_utterances(ctc, cuts, experiment.hypotheses, experiment.stores, args.utterances)
     except HarkenError as error:
         if args.model or args.cuts:
             raise
-        experiment.lacks(
-            "utterances", str(error), f"harken report {args.experiment} --model FOLDER --cuts MANIFEST"
-        )
+        experiment.lacks("utterances", str(error), f"harken report {args.experiment} --model FOLDER --cuts MANIFEST")
         return [], ""
+    bare = [view.id for view in views if not view.units]
+    if experiment.stores and bare:
+        command = f"harken units label {' '.join(cuts)} --clusterer KM --out {args.experiment}/more/labels"
+        experiment.lacks("utterances", f"no label store holds the units of {', '.join(bare)}", command)
+    return views, how
 
 
 def _load(folder: Path) -> tuple[CtcModel, str | None]:

@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where wer.json, errors.txt and per_speaker.tsv go (default: HYP-score beside the file)",
     )
-    parser.add_argument(
-        "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)"
-    )
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (default: 0)")
     parser.add_argument(
         "--worst",
@@ -47,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.out or source.with_name(f"{source.stem}-score")
     result = score(read_hypotheses(source), resamples=args.resamples, seed=args.seed)
     bootstrap = {"method": "utterances, percentile", "resamples": args.resamples, "seed": args.seed}
-    write_json_atomic(
-        out / "wer.json", {"hypotheses": str(source), **to_json(result), "bootstrap": bootstrap}
-    )
+    write_json_atomic(out / "wer.json", {"hypotheses": str(source), **to_json(result), "bootstrap": bootstrap})
     write_text_atomic(out / "errors.txt", errors_text(result))
     write_text_atomic(out / "per_speaker.tsv", per_speaker_tsv(result))
     print(f"{source}: {summary(result, worst=args.worst)}")

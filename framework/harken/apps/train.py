@@ -7,13 +7,16 @@ from pathlib import Path
 
 HELP = "Train, or continue, the run that a configuration describes. Under torchrun or deepspeed, one process a GPU."
 EXAMPLE = (
-    "harken train conf/pretrain.yaml --exp exp/pretrain train.steps=1000\n  torchrun --nproc_per_node 4 -m harken.apps.main train conf/pretrain.yaml --exp exp/pretrain"
+    "harken train conf/pretrain.yaml --exp exp/pretrain train.steps=1000\n"
+    "  torchrun --nproc_per_node 4 -m harken.apps.main train conf/pretrain.yaml --exp exp/pretrain"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("config", nargs="+", help="YAML files or presets, merged left to right, then key=value overrides")
+    parser.add_argument(
+        "config", nargs="+", help="YAML files or presets, merged left to right, then key=value overrides"
+    )
     parser.add_argument("--exp", required=True, type=Path, help="folder of the run; a run that is there is continued")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 

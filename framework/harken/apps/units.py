@@ -7,6 +7,10 @@ import functools
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harken.units.features import Features
 
 HELP = "Fit clusters on features, label audio with them, check labels. Features are never written to disk."
 EXAMPLE = (
@@ -44,11 +48,16 @@ def run(args: argparse.Namespace) -> int:
     return {"fit": _fit, "label": _label, "check": _check}[args.units_verb](args)
 
 
-def _features(args: argparse.Namespace) -> functools.partial[object]:
+def _features(args: argparse.Namespace) -> functools.partial[Features]:
     from harken.units.features import make_features
 
     return functools.partial(
-        make_features, args.features, model=args.model, layer=args.layer, normalize=args.normalize, sample_rate=args.sample_rate
+        make_features,
+        args.features,
+        model=args.model,
+        layer=args.layer,
+        normalize=args.normalize,
+        sample_rate=args.sample_rate,
     )
 
 
@@ -63,7 +72,7 @@ def _fit(args: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, args.jobs))
     data = DataConfig(train=args.manifest, sample_rate=args.sample_rate)
     config = KMeansConfig(clusters=args.clusters, seed=args.seed)
-    fit_clusterer(args.out, args.manifest, _features(args)(), data, config, max_frames=args.max_frames, say=_say)  # type: ignore[arg-type]
+    fit_clusterer(args.out, args.manifest, _features(args)(), data, config, max_frames=args.max_frames, say=_say)
     _say(f"wrote {args.out} in {time.perf_counter() - started:.0f} s")
     return 0
 
@@ -72,7 +81,7 @@ def _label(args: argparse.Namespace) -> int:
     from harken.units.label import Job, label
 
     started = time.perf_counter()
-    job = Job(args.out, tuple(args.manifest), args.clusterer, _features(args), args.sample_rate, max_seconds=60.0)  # type: ignore[arg-type]
+    job = Job(args.out, tuple(args.manifest), args.clusterer, _features(args), args.sample_rate, max_seconds=60.0)
     card = label(job, args.jobs, _say)
     _say(f"{card.labels} labels in {args.out}, {time.perf_counter() - started:.0f} s")
     return 0
@@ -87,8 +96,9 @@ def _check(args: argparse.Namespace) -> int:
         store = LabelStore(folder)
         report = check_units(store)
         print(
-            f"{folder}: {store.card.cuts} cuts, {store.card.labels} labels at {store.card.rate:g} Hz, {report.used} of {store.card.clusters} "
-            f"clusters used, perplexity {report.perplexity:.1f}, mean run {report.mean_run:.2f} labels; {store.card.features}"
+            f"{folder}: {store.card.cuts} cuts, {store.card.labels} labels at {store.card.rate:g} Hz, "
+            f"{report.used} of {store.card.clusters} clusters used, perplexity {report.perplexity:.1f}, "
+            f"mean run {report.mean_run:.2f} labels; {store.card.features}"
         )
         for text in report.problems:
             print(f"  WRONG {text}")

@@ -27,7 +27,10 @@ class Loaded:
 
     def table(self) -> str:
         """Return every resolved value with its origin, one line each."""
-        rows = [(path, repr(value), self.origin.get(path, "default")) for path, value in flatten(asdict(self.config)).items()]
+        rows = [
+            (path, repr(value), self.origin.get(path, "default"))
+            for path, value in flatten(asdict(self.config)).items()
+        ]
         left, middle = (max(len(row[i]) for row in rows) for i in (0, 1))
         return "\n".join(f"{path:{left}}  {value:{min(middle, 48)}}  # {origin}" for path, value, origin in rows)
 

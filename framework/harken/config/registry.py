@@ -56,7 +56,7 @@ def register(slot: str, config: type[SlotConfig]) -> Callable[[_T], _T]:
 
 
 def available(slot: str) -> list[str]:
-    """Names of the parts that harken ships for a slot (modules that begin with `_` or are called `base` are helpers)."""
+    """Names of the parts that harken ships for a slot; modules that begin with `_` or are called `base` are helpers."""
     package = importlib.import_module(SLOTS[slot])
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     return sorted(name for name in names if not name.startswith("_") and name != "base")
@@ -69,13 +69,18 @@ def find(slot: str, name: str) -> Part:
     """
     module = name if "." in name else f"{SLOTS[slot]}.{name}"
     if "." not in name and name not in available(slot):
-        raise HarkenError(f"`{slot}.name` must be one of harken's {slot}s or a module path, got `{name}`{nearest(name, available(slot))}")
+        raise HarkenError(
+            f"`{slot}.name` must be one of harken's {slot}s or a module path, got `{name}`"
+            f"{nearest(name, available(slot))}"
+        )
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise HarkenError(f"`{slot}.name` is `{name}`, and importing the module `{module}` failed: {error}") from error
     if (slot, name) not in _parts:
-        raise HarkenError(f"module `{module}` registers no {slot}; decorate its class with @register({slot!r}, ItsConfig)")
+        raise HarkenError(
+            f"module `{module}` registers no {slot}; decorate its class with @register({slot!r}, ItsConfig)"
+        )
     return _parts[slot, name]
 
 

@@ -29,7 +29,7 @@ def find_model(path: str | Path) -> Path:
     if (path / WEIGHTS).is_file():
         return path
     ranking = path / CHECKPOINTS / "best.json"
-    best = [entry["folder"] for entry in json.loads(ranking.read_text())] if ranking.is_file() else []
+    best: list[str] = [entry["folder"] for entry in json.loads(ranking.read_text())] if ranking.is_file() else []
     newest = sorted((folder.name for folder in (path / CHECKPOINTS).glob("step-*")), reverse=True)
     for name in [*best, *newest]:
         if (path / CHECKPOINTS / name / WEIGHTS).is_file():
@@ -77,7 +77,11 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> 
         if name in weights and weights[name].shape != value.shape
     ]
     if wrong:
-        raise HarkenError(f"the weights in {source} do not fit the model: " + "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+        raise HarkenError(
+            f"the weights in {source} do not fit the model: "
+            + "; ".join(wrong[:5])
+            + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        )
     model.load_state_dict(dict(weights))
 
 
@@ -91,8 +95,12 @@ def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
     total = {name: value.double() for name, value in load_weights(folders[0]).items()}
     for folder in folders[1:]:
         weights = load_weights(folder)
-        if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in total.items()}:
-            raise HarkenError(f"{folders[0]} and {folder} hold other weights: only checkpoints of one model can be averaged")
+        if {name: value.shape for name, value in weights.items()} != {
+            name: value.shape for name, value in total.items()
+        }:
+            raise HarkenError(
+                f"{folders[0]} and {folder} hold other weights: only checkpoints of one model can be averaged"
+            )
         for name, value in weights.items():
             total[name] += value
     return {name: (value / len(folders)).float() for name, value in total.items()}

@@ -45,7 +45,9 @@ class DataConfig:
         if any(not 0.5 <= factor <= 2.0 for factor in self.speed):
             raise HarkenError(f"`data.speed` factors must lie in 0.5..2, got {list(self.speed)}")
         if self.min_seconds > self.max_seconds:
-            raise HarkenError(f"`data.min_seconds` must be at most `data.max_seconds`, got {self.min_seconds} and {self.max_seconds}")
+            raise HarkenError(
+                f"`data.min_seconds` must be at most `data.max_seconds`, got {self.min_seconds} and {self.max_seconds}"
+            )
         if len(self.noise_snr_db) != 2:
             raise HarkenError(f"`data.noise_snr_db` is [lowest, highest], got {list(self.noise_snr_db)}")
 
@@ -57,7 +59,7 @@ class BatchConfig:
     max_seconds: float
     """Padded audio of a micro-batch. fairseq HuBERT Base: `max_tokens: 1400000` samples = 87.5 s."""
     seconds_per_step: float
-    """Audio of an optimiser step over all ranks. HuBERT Base: 32 GPUs x 87.5 s = 2800 s (arXiv 2106.07447 section IV-C)."""
+    """Audio of an optimiser step over all ranks. HuBERT Base: 32 GPUs x 87.5 s = 2800 s (arXiv 2106.07447, IV-C)."""
     buckets: int = 30
     """Duration buckets; cuts of one micro-batch come from one bucket."""
 
@@ -119,7 +121,10 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
-            raise HarkenError(f"`checkpoint.keep_last` must be at least 1, got {self.keep_last}: a run that keeps nothing cannot resume")
+            raise HarkenError(
+                f"`checkpoint.keep_last` must be at least 1, got {self.keep_last}: "
+                "a run that keeps nothing cannot resume"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,5 +160,6 @@ class RunConfig:
         longest = self.data.crop_seconds or self.data.max_seconds
         if longest > self.batch.max_seconds:
             raise HarkenError(
-                f"`batch.max_seconds` must hold the longest cut (`data.crop_seconds` or `data.max_seconds`), got {self.batch.max_seconds} and {longest}"
+                "`batch.max_seconds` must hold the longest cut (`data.crop_seconds` or `data.max_seconds`), "
+                f"got {self.batch.max_seconds} and {longest}"
             )

@@ -1,4 +1,4 @@
-"""From plain data to dataclasses: types, unknown keys and missing values are checked here, all mistakes told at once."""
+"""From plain data to dataclasses: types, unknown keys and missing values are checked, all mistakes told at once."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def _dataclass(cls: type[Any], data: Any, path: str, mistakes: list[str]) -> Any
     hints = typing.get_type_hints(cls)
     known = {item.name: item for item in fields(cls)}
     before = len(mistakes)
-    for name in data:
-        if name not in known:
-            mistakes.append(f"unknown key `{_join(path, str(name))}`{nearest(str(name), known)}")
+    mistakes.extend(
+        f"unknown key `{_join(path, str(name))}`{nearest(str(name), known)}" for name in data if name not in known
+    )
     values: dict[str, Any] = {}
     for name, item in known.items():
         if name in data:

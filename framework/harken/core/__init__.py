@@ -1,1 +1,4 @@
-"""What everything else stands on: batches, losses, frames, seeded draws, processes, files. Imports nothing else of harken."""
+"""What everything else stands on: batches, losses, frames, seeded draws, processes, files.
+
+Imports nothing else of harken.
+"""

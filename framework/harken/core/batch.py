@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Note:
-    """Something that happened to a cut: `kind` is `replaced` (it could not be read) or `left out` (it cannot be learned)."""
+    """What happened to a cut: `kind` is `replaced` (it could not be read) or `left out` (it cannot be learned)."""
 
     kind: str
     cut: str

@@ -27,7 +27,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         sync(temporary)
         if temporary.is_dir() and path.is_dir():
             remove(path)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync_one(path.parent)
     except BaseException:
         remove(temporary)

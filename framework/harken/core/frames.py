@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """One strided window (a convolution without padding, or a framing of samples): kernel and stride in its input's units."""
+    """One strided window: a convolution without padding, or a framing of samples.
+
+    Kernel and stride are in its input's units.
+    """
 
     kernel: int
     stride: int
@@ -57,7 +60,7 @@ class FrameSpec:
     def num_frames(self, lengths: Tensor) -> Tensor: ...
 
     def num_frames(self, lengths: int | Tensor) -> int | Tensor:
-        """Return the number of frames for a number of samples (0 where the input is shorter than the receptive field)."""
+        """Return the number of frames for a number of samples, 0 where the input is below the receptive field."""
         for window in self.windows:
             lengths = (lengths - window.kernel) // window.stride + 1
             lengths = lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(lengths, 0)

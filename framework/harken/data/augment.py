@@ -38,7 +38,8 @@ class Augmentation:
             return samples
         noise = read_cut(noises[int(rng.integers(len(noises)))], self.config.sample_rate)
         start = int(rng.integers(0, max(1, len(noise) - len(samples))))
-        return mix(samples, noise[start:], float(rng.uniform(*self.config.noise_snr_db)))
+        low, high = self.config.noise_snr_db
+        return mix(samples, noise[start:], float(rng.uniform(low, high)))
 
 
 def change_speed(samples: Samples, factor: float) -> Samples:

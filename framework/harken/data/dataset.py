@@ -16,7 +16,7 @@ from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
 from harken.data.manifest import Manifest
-from harken.data.read import Samples, UnreadableAudio, read_cut
+from harken.data.read import Samples, UnreadableAudioError, read_cut
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -71,18 +71,21 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
         cut = self.manifest[place]
         try:
             return self._read(cut, draws)
-        except UnreadableAudio as error:
+        except UnreadableAudioError as error:
             reason = str(error)
         rng = draws.generator("substitute", cut.id)
         for _ in range(20):
             other = self.manifest[int(rng.integers(len(self.manifest)))]
             try:
                 row = self._read(other, draws)
-            except UnreadableAudio:
+            except UnreadableAudioError:
                 continue
             notes.append(Note("replaced", cut.id, f"{reason}; `{other.id}` took its place"))
             return row
-        raise HarkenError(f"{reason}; and 20 others drawn in its stead cannot be read either: run `harken data verify {self.manifest.path}`")
+        raise HarkenError(
+            f"{reason}; and 20 others drawn in its stead cannot be read either: "
+            f"run `harken data verify {self.manifest.path}`"
+        )
 
     def _read(self, cut: Cut, draws: Draws) -> Row:
         start = 0

@@ -33,7 +33,9 @@ class Position:
 class TaskStream(Sampler[Task]):
     """This rank's tasks from a position on, epoch after epoch without end."""
 
-    def __init__(self, selection: Selection, batch: BatchConfig, seed: int, rank: int, world_size: int, start: Position) -> None:
+    def __init__(
+        self, selection: Selection, batch: BatchConfig, seed: int, rank: int, world_size: int, start: Position
+    ) -> None:
         if batch.micro_batches_per_step % world_size:
             raise HarkenError(
                 f"`batch.seconds_per_step` / `batch.max_seconds` must be a multiple of the number of processes, "
@@ -56,7 +58,15 @@ class TrainLoader:
     """Yields, for each step, the list of this rank's batches and the position after the step."""
 
     def __init__(
-        self, config: DataConfig, batch: BatchConfig, prepare: Prepare, *, seed: int, hop: int, rank: int = 0, world_size: int = 1
+        self,
+        config: DataConfig,
+        batch: BatchConfig,
+        prepare: Prepare,
+        *,
+        seed: int,
+        hop: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         manifest = Manifest(config.train)
         self.config, self.batch, self.seed = config, batch, seed
@@ -65,7 +75,9 @@ class TrainLoader:
         longest = config.max_seconds if not config.speed else min(config.max_seconds, batch.max_seconds * slowest)
         self.selection = select(np.asarray(manifest.seconds), config.min_seconds, longest, config.crop_seconds)
         if slowest < 1.0:  # a slowed cut is longer: fill batches by the longest it can become
-            self.selection = Selection(self.selection.places, self.selection.seconds / np.float32(slowest), self.selection.dropped)
+            self.selection = Selection(
+                self.selection.places, self.selection.seconds / np.float32(slowest), self.selection.dropped
+            )
         self.dataset = MicroBatches(manifest, config, prepare, seed, hop, Augmentation.build(config))
 
     def steps_in(self, epoch: int) -> int:
@@ -91,7 +103,9 @@ class TrainLoader:
 class EvalLoader:
     """Every cut of a manifest once, in batches by duration; ranks divide the batches."""
 
-    def __init__(self, path: str, config: DataConfig, max_seconds: float, prepare: Prepare, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, path: str, config: DataConfig, max_seconds: float, prepare: Prepare, *, rank: int = 0, world_size: int = 1
+    ) -> None:
         manifest = Manifest(path)
         self.config, self.rank, self.world_size = config, rank, world_size
         longest = float(np.asarray(manifest.seconds).max())
@@ -105,7 +119,7 @@ class EvalLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[tuple[Batch, bool]]:
-        """Yield (batch, counts): ranks get equally many; one that runs out repeats the last batch, which does not count."""
+        """Yield (batch, counts): ranks get equally many; one that runs out repeats its last, which does not count."""
         rounds = -(-len(self.plan) // self.world_size)
         places = [turn * self.world_size + self.rank for turn in range(rounds)]
         tasks = [Task(0, place, 0, self.plan[min(place, len(self.plan) - 1)]) for place in places]

@@ -52,12 +52,8 @@ class Manifest:
             )
         if found.st_mtime_ns >= path.stat().st_mtime_ns:  # copied, or edited without a change of its size
             if card["sha256"] != sha256_file(self.path):
-                raise HarkenError(
-                    f"{self.path} changed after it was indexed (same size, other content): {again}"
-                )
-            with suppress(
-                OSError
-            ):  # the next to open it need not read it; a folder that is read-only is no harm
+                raise HarkenError(f"{self.path} changed after it was indexed (same size, other content): {again}")
+            with suppress(OSError):  # the next to open it need not read it; a folder that is read-only is no harm
                 os.utime(path)
         return card
 
@@ -140,9 +136,7 @@ def _read_lines(path: Path) -> tuple[list[int], list[float]]:
                     f"{path} line {number} is not a Lhotse cut with `id` and `duration`: {error!r}"
                 ) from error
             if not 0 < duration < math.inf:
-                raise HarkenError(
-                    f"{path} line {number}: `duration` must be positive seconds, got {duration}"
-                )
+                raise HarkenError(f"{path} line {number}: `duration` must be positive seconds, got {duration}")
             if cut_id in seen:
                 raise HarkenError(
                     f"{path} line {number}: cut id `{cut_id}` occurs twice; draws and labels are keyed by id"

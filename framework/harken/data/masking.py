@@ -17,8 +17,8 @@ class SpanMask:
     probability: expected share of frames that would be covered if spans did not overlap (fairseq `mask_prob`); the
         number of spans is `probability * frames / length`, rounded up or down at random.
     length: frames of a span (fairseq `mask_length`). at_least: fewest spans (fairseq `min_masks`).
-    Source: arXiv 2006.11477 section 3.1 and appendix A; arXiv 2106.07447 section IV-C (0.8 and 10 for HuBERT: the paper's
-    8 % of starts times 10 frames).
+    Source: arXiv 2006.11477 section 3.1 and appendix A; arXiv 2106.07447 section IV-C (0.8 and 10 for HuBERT: the
+    paper's 8 % of starts times 10 frames).
     """
 
     probability: float = 0.8
@@ -28,7 +28,8 @@ class SpanMask:
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1 or self.length < 1:
             raise HarkenError(
-                f"a span mask needs a probability in 0..1 and a length of at least 1, got {self.probability} and {self.length}"
+                "a span mask needs a probability in 0..1 and a length of at least 1, "
+                f"got {self.probability} and {self.length}"
             )
 
     def draw(self, frames: int, rng: np.random.Generator) -> NDArray[np.bool_]:

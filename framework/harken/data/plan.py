@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which cuts of a manifest are trained on: `places`, their padded cost in seconds, and what was left out and why."""
+    """The cuts of a manifest that are trained on: `places`, their padded cost in seconds; what was left out and why."""
 
     places: NDArray[np.int64]
     seconds: NDArray[np.float32]
@@ -68,7 +68,9 @@ def select(seconds: NDArray[np.float32], shortest: float, longest: float, crop: 
         f"longer than {longest:g} s": (int(long.sum()), float(seconds[long].sum()) / 3600),
     }
     if not keep.any():
-        raise HarkenError(f"none of {len(seconds)} cuts lies between `data.min_seconds` {shortest} and `data.max_seconds` {longest}")
+        raise HarkenError(
+            f"none of {len(seconds)} cuts lies between `data.min_seconds` {shortest} and `data.max_seconds` {longest}"
+        )
     cost = np.asarray(seconds[keep])
     return Selection(np.flatnonzero(keep), np.minimum(cost, crop) if crop else cost, dropped)
 
@@ -123,7 +125,8 @@ def _whole_steps(pieces: list[NDArray[np.int64]], per_step: int) -> list[NDArray
         piece = pieces[largest]
         if len(piece) < 2:
             raise HarkenError(
-                f"{sum(map(len, pieces))} cuts cannot fill steps of {per_step} micro-batches: lower `batch.seconds_per_step` or raise `batch.max_seconds`"
+                f"{sum(map(len, pieces))} cuts cannot fill steps of {per_step} micro-batches: "
+                "lower `batch.seconds_per_step` or raise `batch.max_seconds`"
             )
         pieces[largest : largest + 1] = [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
     return pieces

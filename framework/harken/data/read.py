@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 Samples = NDArray[np.float32]
 
 
-class UnreadableAudio(Exception):
+class UnreadableAudioError(Exception):
     """The audio of a cut cannot be decoded or holds no finite samples; the loader replaces the cut."""
 
 
 def read_cut(cut: Cut, sample_rate: int) -> Samples:
     """Return the samples `(S,)` of a cut in [-1, 1]: channels averaged, resampled to `sample_rate`.
 
-    Raises UnreadableAudio, naming the cut and its file.
+    Raises UnreadableAudioError, naming the cut and its file.
     """
     try:
         audio = cut.load_audio()
     except Exception as error:  # every backend of Lhotse raises its own kinds; all mean the same here
-        raise UnreadableAudio(f"cut `{cut.id}` ({_source(cut)}) cannot be read: {error}") from error
+        raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) cannot be read: {error}") from error
     if audio is None or audio.size == 0:
-        raise UnreadableAudio(f"cut `{cut.id}` ({_source(cut)}) holds no samples")
+        raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) holds no samples")
     samples: Samples = audio.mean(axis=0, dtype=np.float32)
     if not np.isfinite(samples).all():
-        raise UnreadableAudio(f"cut `{cut.id}` ({_source(cut)}) holds samples that are not finite")
+        raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) holds samples that are not finite")
     return resample(samples, cut.sampling_rate, sample_rate)
 
 

@@ -34,6 +34,7 @@ class PlannedSampler(CutSampler):  # type: ignore[misc]
         self.selection = select(np.asarray(manifest.seconds), shortest, longest, None)
         self._plan: tuple[int, Plan] | None = None
         self._position = 0
+        self._just_restored_state: bool = False
 
     @property
     def plan(self) -> Plan:

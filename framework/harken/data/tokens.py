@@ -55,8 +55,7 @@ class Characters:
             return [self._ids[character] for character in text]
         except KeyError as error:
             raise HarkenError(
-                f"character {error} of `{text}` is not among the {len(self._ids)} of the tokenizer; "
-                "normalise the text"
+                f"character {error} of `{text}` is not among the {len(self._ids)} of the tokenizer; normalise the text"
             ) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -74,13 +73,9 @@ class Characters:
         Raises HarkenError for a line break of any kind, which the file of one character a line could not hold.
         """
         characters = sorted(Counter(character for text in texts for character in text))
-        breaks = [
-            f"U+{ord(character):04X}" for character in characters if character.splitlines() != [character]
-        ]
+        breaks = [f"U+{ord(character):04X}" for character in characters if character.splitlines() != [character]]
         if breaks:
-            raise HarkenError(
-                f"a text must be one line, and the texts hold {', '.join(breaks)}; normalise the texts"
-            )
+            raise HarkenError(f"a text must be one line, and the texts hold {', '.join(breaks)}; normalise the texts")
         return cls(characters)
 
     def save(self, path: Path) -> None:

@@ -36,10 +36,10 @@ class Backbone(nn.Module):
         return self.encoder.dim
 
     def embed(self, inputs: Tensor, lengths: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the frontend's frames `(B, T, F)`, the masked input of the encoder `(B, T, D)`, and frame lengths `(B,)`.
+        """Return the frontend's frames `(B, T, F)`, the encoder's masked input `(B, T, D)`, and frame lengths `(B,)`.
 
-        masks: any of `band_mask` `(B, bands)`, `mask` `(B, T)` and `channel_mask` `(B, D)`, True where masked: bands are
-        blanked, frames take the mask embedding, channels are zeroed.
+        masks: any of `band_mask` `(B, bands)`, `mask` `(B, T)` and `channel_mask` `(B, D)`, True where masked: bands
+        are blanked, frames take the mask embedding, channels are zeroed.
         """
         frames, frame_lengths = self.frontend(inputs, lengths, masks.get("band_mask"))
         x = self.encoder.embed(frames)

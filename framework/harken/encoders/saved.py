@@ -15,7 +15,9 @@ from harken.encoders.backbone import Backbone, build_backbone
 def backbone_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights of the backbone in a saved model, without their prefix."""
     prefix = "backbone."
-    found = {name.removeprefix(prefix): value for name, value in load_weights(folder).items() if name.startswith(prefix)}
+    found = {
+        name.removeprefix(prefix): value for name, value in load_weights(folder).items() if name.startswith(prefix)
+    }
     if not found:
         raise HarkenError(f"{folder / WEIGHTS} holds no `backbone.` weights: it is no model of harken")
     return found

@@ -44,11 +44,14 @@ class TransformerConfig(SlotConfig):
         if self.dim % self.heads:
             raise HarkenError(f"`encoder.dim` must be divisible by `encoder.heads`, got {self.dim} and {self.heads}")
         if self.dim % self.position_groups:
-            raise HarkenError(f"`encoder.dim` must be divisible by `encoder.position_groups`, got {self.dim} and {self.position_groups}")
+            raise HarkenError(
+                "`encoder.dim` must be divisible by `encoder.position_groups`, "
+                f"got {self.dim} and {self.position_groups}"
+            )
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, each in a residual branch, normalised after (Base) or before (Large) the branch."""
+    """Self-attention and feed-forward, each a residual branch, normalised after (Base) or before (Large) the branch."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

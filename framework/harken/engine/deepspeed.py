@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from harken.config.schema import EngineConfig, TrainConfig
 from harken.core import distributed
@@ -40,13 +41,16 @@ def start_processes(config: EngineConfig) -> torch.device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.timeout_seconds)
         if world == 1 and "MASTER_PORT" not in os.environ:
-            store = torch.distributed.HashStore()
+            store = HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
             os.environ["MASTER_PORT"] = "0"
         else:
             torch.distributed.init_process_group(backend, timeout=timeout)
     import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
 
+    # DeepSpeed would compile this kernel at start, on every machine that has no compiler in vain; gloo does without
+    compatible_ops["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
 
@@ -101,7 +105,9 @@ def _clips_itself(config: EngineConfig) -> bool:
 class DeepSpeedEngine:
     """See `harken.engine.base.Engine`."""
 
-    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, config: EngineConfig, train: TrainConfig) -> None:
+    def __init__(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, config: EngineConfig, train: TrainConfig
+    ) -> None:
         import deepspeed
 
         self.config, self.clip_norm = config, train.clip_norm
@@ -152,7 +158,10 @@ class DeepSpeedEngine:
         """
         path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
-            raise HarkenError(f"DeepSpeed could not load {folder}: it was saved with another number of processes or another `engine.zero_stage`")
+            raise HarkenError(
+                f"DeepSpeed could not load {folder}: "
+                "it was saved with another number of processes or another `engine.zero_stage`"
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """Return all weights on the CPU in float32; under ZeRO-3 they are gathered one module at a time."""
@@ -168,7 +177,13 @@ class DeepSpeedEngine:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if distributed.is_main():
                     gathered[name] = parameter.detach().cpu().clone()
-        gathered.update({name: value.detach().cpu().clone() for name, value in self.model.named_buffers() if name in self.model.state_dict()})
+        gathered.update(
+            {
+                name: value.detach().cpu().clone()
+                for name, value in self.model.named_buffers()
+                if name in self.model.state_dict()
+            }
+        )
         return gathered
 
 

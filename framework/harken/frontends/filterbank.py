@@ -63,7 +63,8 @@ class LogMel(nn.Module):
             previous = functional.pad(frames, (1, 0), mode="replicate")[..., :-1]
             frames = (frames - 0.97 * previous) * self.window
             power = torch.fft.rfft(frames, self.fft).abs().square()
-            return (power[..., :-1] @ self.mel).clamp(min=torch.finfo(torch.float32).eps).log()
+            bands: Tensor = power[..., :-1] @ self.mel
+            return bands.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
 def mel_matrix(config: FilterbankConfig, fft: int) -> Tensor:
@@ -75,7 +76,9 @@ def mel_matrix(config: FilterbankConfig, fft: int) -> Tensor:
     nyquist = config.sample_rate / 2
     high = config.high_hz if config.high_hz > 0 else nyquist + config.high_hz
     if not 0 <= config.low_hz < high <= nyquist:
-        raise HarkenError(f"`frontend.low_hz` < `frontend.high_hz` <= {nyquist} must hold, got {config.low_hz} and {high}")
+        raise HarkenError(
+            f"`frontend.low_hz` < `frontend.high_hz` <= {nyquist} must hold, got {config.low_hz} and {high}"
+        )
     low_mel, high_mel = (float(to_mel(torch.tensor(edge, dtype=torch.float64))) for edge in (config.low_hz, high))
     edges = torch.linspace(low_mel, high_mel, config.bands + 2, dtype=torch.float64)
     bins = to_mel(torch.arange(fft // 2, dtype=torch.float64) * config.sample_rate / fft)[:, None]
@@ -100,7 +103,8 @@ class Filterbank(Frontend):
         widths = [config.bands] + [config.channels] * max(convolutions, 1)
         strides = [2] * convolutions or [1]
         self.convolutions = nn.ModuleList(
-            nn.Conv1d(a, b, 3 if stride == 2 else 1, stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)
+            nn.Conv1d(a, b, 3 if stride == 2 else 1, stride)
+            for a, b, stride in zip(widths, widths[1:], strides, strict=False)
         )
 
     def forward(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

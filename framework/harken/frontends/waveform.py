@@ -33,14 +33,15 @@ class WaveformConfig(SlotConfig):
     norm_over_padding: bool = False
     """Let group norm count the padding, as the original does: an utterance's output then depends on its batch."""
     normalize: bool = False
-    """Give each waveform zero mean and unit variance first; fairseq's task option `normalize`, True for large models."""
+    """Give each waveform zero mean and unit variance first; fairseq's task option `normalize`, True for Large."""
     grad_scale: float = 0.1
     """fairseq `feature_grad_mult`, 0.1 in HuBERT Base and 1.0 in large. 0 trains no frontend."""
 
     def __post_init__(self) -> None:
         if len(self.kernels) != len(self.strides) or not self.kernels:
             raise HarkenError(
-                f"`frontend.kernels` and `frontend.strides` must be of one length, got {len(self.kernels)} and {len(self.strides)}"
+                "`frontend.kernels` and `frontend.strides` must be of one length, "
+                f"got {len(self.kernels)} and {len(self.strides)}"
             )
 
 

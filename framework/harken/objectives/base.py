@@ -15,7 +15,7 @@ from harken.encoders.backbone import Backbone
 
 
 class Prepare(Protocol):
-    """The part of an objective without parameters: it runs in the loader's workers, so it is small and can be pickled."""
+    """The part of an objective without parameters: it runs in the loader's workers, so it is small and pickles."""
 
     def __call__(self, batch: Batch, draws: Draws) -> Batch:
         """Add masks, labels and tokens to `targets`, and set `num_targets`; every draw comes from `draws`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -14,7 +15,6 @@ from harken.config.registry import SlotConfig, register
 from harken.config.schema import RunConfig
 from harken.core.batch import Batch, Note
 from harken.core.draws import Draws
-from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
 from harken.data.masking import SpanMask
@@ -25,7 +25,7 @@ from harken.objectives.base import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class CtcConfig(SlotConfig):
-    """Fine-tuning by CTC. The masks are wav2vec 2.0's form of SpecAugment (arXiv 2006.11477 section 4.3 and appendix B)."""
+    """Fine-tuning by CTC. The masks are wav2vec 2.0's form of SpecAugment (arXiv 2006.11477, 4.3 and appendix B)."""
 
     tokenizer: str
     """List of characters, or a sentencepiece `.model`."""
@@ -38,7 +38,7 @@ class CtcConfig(SlotConfig):
     mask_channel_length: int = 64
     """fairseq `mask_channel_length`."""
     band_masks: int = 0
-    """Frequency masks of SpecAugment (arXiv 1904.08779) for frontends that have bands; 2 in its LibriSpeech policies."""
+    """Frequency masks of SpecAugment (arXiv 1904.08779) for frontends with bands; 2 in its LibriSpeech policies."""
     band_mask_width: int = 27
     """Largest width of a frequency mask in bands (F of SpecAugment)."""
     dropout: float = 0.0
@@ -78,9 +78,15 @@ class CtcPrepare:
             self._tokenizer = load_tokenizer(self.config.tokenizer)
         sequences = [self._tokenizer.encode(text) for text in batch.texts]
         frames = self.spec.num_frames(batch.lengths).tolist()
-        fits = [0 < len(tokens) and frames_needed(tokens) <= have for tokens, have in zip(sequences, frames, strict=True)]
+        fits = [
+            len(tokens) > 0 and frames_needed(tokens) <= have for tokens, have in zip(sequences, frames, strict=True)
+        ]
         notes = [
-            Note("left out", cut, f"its transcript of {len(tokens)} tokens needs {frames_needed(tokens)} frames, the audio has {have}")
+            Note(
+                "left out",
+                cut,
+                f"its transcript of {len(tokens)} tokens needs {frames_needed(tokens)} frames, the audio has {have}",
+            )
             for cut, tokens, have, fit in zip(batch.ids, sequences, frames, fits, strict=True)
             if not fit
         ]
@@ -102,13 +108,19 @@ class CtcPrepare:
         masks: dict[str, Tensor] = {}
         if own.mask_probability:
             spans = SpanMask(probability=own.mask_probability, length=own.mask_length)
-            drawn = [spans.draw(count, draws.generator("mask", cut)) for cut, count in zip(batch.ids, frames, strict=True)]
+            drawn = [
+                spans.draw(count, draws.generator("mask", cut)) for cut, count in zip(batch.ids, frames, strict=True)
+            ]
             masks["mask"] = torch.from_numpy(np.stack([np.pad(row, (0, size - len(row))) for row in drawn]))
         if own.mask_channel_probability:
             spans = SpanMask(probability=own.mask_channel_probability, length=own.mask_channel_length, at_least=0)
-            masks["channel_mask"] = torch.from_numpy(np.stack([spans.draw(self.dim, draws.generator("channel mask", cut)) for cut in batch.ids]))
+            masks["channel_mask"] = torch.from_numpy(
+                np.stack([spans.draw(self.dim, draws.generator("channel mask", cut)) for cut in batch.ids])
+            )
         if own.band_masks and self.bands:
-            masks["band_mask"] = torch.from_numpy(np.stack([self._band_mask(draws.generator("band mask", cut)) for cut in batch.ids]))
+            masks["band_mask"] = torch.from_numpy(
+                np.stack([self._band_mask(draws.generator("band mask", cut)) for cut in batch.ids])
+            )
         return masks
 
     def _band_mask(self, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -122,7 +134,7 @@ class CtcPrepare:
 
 def frames_needed(tokens: list[int]) -> int:
     """Return the fewest frames a CTC path needs: one a token, and a blank between two equal neighbours."""
-    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+    return len(tokens) + sum(a == b for a, b in pairwise(tokens))
 
 
 @register("objective", CtcConfig)

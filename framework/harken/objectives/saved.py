@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import cast
 
 from harken.config.registry import build, find
+from harken.config.saved import find_model, load_config, load_into, load_weights
 from harken.config.schema import RunConfig
 from harken.core.frames import FrameSpec
 from harken.encoders.backbone import build_backbone
-from harken.config.saved import find_model, load_config, load_into, load_weights
 from harken.encoders.saved import backbone_weights
 from harken.objectives.base import Objective, Prepare
 

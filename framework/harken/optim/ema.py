@@ -26,7 +26,9 @@ class WeightAverage:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = list(self.average.values())
-        torch._foreach_lerp_(averages, [parameter.detach().float() for _, parameter in model.named_parameters()], 1 - decay)
+        torch._foreach_lerp_(
+            averages, [parameter.detach().float() for _, parameter in model.named_parameters()], 1 - decay
+        )
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

@@ -32,7 +32,9 @@ def parameter_groups(model: nn.Module, rate_scale: RateScale) -> list[dict[str, 
     return list(groups.values())
 
 
-def set_rates(optimizer: torch.optim.Optimizer, names: list[str], rate: float, rate_scale: RateScale, step: int) -> None:
+def set_rates(
+    optimizer: torch.optim.Optimizer, names: list[str], rate: float, rate_scale: RateScale, step: int
+) -> None:
     """Set the learning rate of each group; `names` holds one parameter's name for each group."""
     for group, name in zip(optimizer.param_groups, names, strict=True):
         group["lr"] = rate * rate_scale(name, step)

@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 Span = tuple[int, int]
 
 
-def forced_alignment(
-    log_probs: NDArray[np.float32], tokens: Sequence[int], *, blank: int
-) -> list[Span] | None:
+def forced_alignment(log_probs: NDArray[np.float32], tokens: Sequence[int], *, blank: int) -> list[Span] | None:
     """Return the first frame and the end of each token on the best path that spells `tokens`.
 
     log_probs: `(T, V)`. None when the frames are too few for the tokens.

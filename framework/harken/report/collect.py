@@ -146,13 +146,9 @@ def _runs(experiment: Experiment) -> None:
             experiment.lacks("runs", f"{name} has no config.yaml", f"harken train CONFIG --exp {path.parent}")
         metrics = read_metrics(path)
         if not metrics.train:
-            experiment.lacks(
-                "runs", f"{name} has logged no step yet", f"harken train CONFIG --exp {path.parent}"
-            )
+            experiment.lacks("runs", f"{name} has logged no step yet", f"harken train CONFIG --exp {path.parent}")
         if metrics.unreadable:
-            experiment.lacks(
-                "runs", f"{metrics.unreadable} line(s) of {path} are no records and are left out"
-            )
+            experiment.lacks("runs", f"{metrics.unreadable} line(s) of {path} are no records and are left out")
         settings = OmegaConf.to_container(OmegaConf.create(text)) if text else {}
         experiment.runs.append(
             Run(
@@ -260,9 +256,7 @@ def _stages(experiment: Experiment) -> None:
 
 def _stage(marker: Path, folder: Path) -> Stage | None:
     number, _, name = marker.stem.partition("-")
-    values = dict(
-        line.split("=", 1) for line in marker.read_text(encoding="utf-8").splitlines() if "=" in line
-    )
+    values = dict(line.split("=", 1) for line in marker.read_text(encoding="utf-8").splitlines() if "=" in line)
     if not number.isdigit():
         return None
     log = folder / "logs" / f"{marker.stem}.log"

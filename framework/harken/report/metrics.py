@@ -48,10 +48,7 @@ class Metrics:
         """Return the names of all figures, in the order in which records hold them."""
         return list(
             dict.fromkeys(
-                name
-                for record in [*self.train[-1:], *self.valid[-1:]]
-                for name in record
-                if name not in _ABOUT
+                name for record in [*self.train[-1:], *self.valid[-1:]] for name in record if name not in _ABOUT
             )
         )
 
@@ -77,9 +74,7 @@ class Metrics:
         hours = np.array([0.0, *(record["hours"] for record in self.train)])
         rate = hours[-1] / steps[-1] if len(steps) > 1 and hours[-1] > 0 else 1.0
         far = 1e3 * max(steps[-1], 1.0)
-        return np.array([-far, *steps, steps[-1] + far]), np.array(
-            [-far * rate, *hours, hours[-1] + far * rate]
-        )
+        return np.array([-far, *steps, steps[-1] + far]), np.array([-far * rate, *hours, hours[-1] + far * rate])
 
     def median(self, name: str) -> float:
         """Return the median of a training figure, NaN when there is none."""
@@ -108,9 +103,7 @@ def read_metrics(path: Path) -> Metrics:
             unreadable += bool(line.strip()) and number < len(lines)
             continue
         step, is_train = record["step"], record["kind"] == "train"
-        _drop_from(
-            kept["train"], step if is_train else step + 1
-        )  # training logs a step before validation does
+        _drop_from(kept["train"], step if is_train else step + 1)  # training logs a step before validation does
         _drop_from(kept["valid"], step)
         kept[record["kind"]].append(record)
     return Metrics(kept["train"], kept["valid"], unreadable)
@@ -134,9 +127,7 @@ def _record(line: str) -> Record | None:
         return None
     needed = ("hours",) if record["kind"] == "train" else ()
     figures = [value for name, value in record.items() if name != "kind"]
-    if any(name not in record for name in needed) or not all(
-        isinstance(value, int | float) for value in figures
-    ):
+    if any(name not in record for name in needed) or not all(isinstance(value, int | float) for value in figures):
         return None
     return record
 

@@ -80,9 +80,7 @@ def summary(experiment: Experiment) -> str:
         for result in experiment.results
     ]
     cost = sum(stage.seconds or 0.0 for stage in experiment.stages)
-    trained = sum(
-        float(run.metrics.train[-1].get("wall", 0.0)) for run in experiment.runs if run.metrics.train
-    )
+    trained = sum(float(run.metrics.train[-1].get("wall", 0.0)) for run in experiment.runs if run.metrics.train)
     if cost:
         parts.append(f"{wall(cost)} in all stages")
     if trained:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from harken.report.collect import Run, Store
-from harken.report.metrics import Metrics, smooth
+from harken.report.metrics import Floats, Metrics, smooth
 from harken.report.svg import SERIES, WIDTH, page_style, to_svg
 
 if TYPE_CHECKING:
@@ -70,15 +70,15 @@ def throughput(runs: Sequence[Run]) -> str:
         for ax, name in zip(axes, THROUGHPUT, strict=True):
             for place, run in enumerate(runs):
                 curve = run.metrics.curve("train", name)
+                if not len(curve.values):
+                    continue
                 style = ("-", "--", ":")[place // len(SERIES) % 3]
                 _line(ax, curve.hours, curve.values, SERIES[place % len(SERIES)], run.name, style)
             ax.set_ylim(bottom=0)
             _label(ax, _LABELS[name])
         if len(runs) > 1:
             axes[0].legend(loc="best")
-        return to_svg(
-            figure, "throughput", "Speed, padding, waiting for data and utilisation of the training runs"
-        )
+        return to_svg(figure, "throughput", "Speed, padding, waiting for data and utilisation of the training runs")
 
 
 def units(store: Store) -> str:
@@ -112,9 +112,7 @@ def units(store: Store) -> str:
             xlim=(0.5, len(counts) + 0.5),
             ylim=(0, None),
         )
-        right.bar(
-            np.arange(1, len(lengths) + 1), lengths / max(1, lengths.sum()), width=0.85, color=SERIES[0]
-        )
+        right.bar(np.arange(1, len(lengths) + 1), lengths / max(1, lengths.sum()), width=0.85, color=SERIES[0])
         right.yaxis.set_major_formatter(_PERCENT)
         right.set(
             xlabel=f"labels in a row that are equal (1 label = {period:g} ms; the last bar: {len(lengths)} or more)",
@@ -143,18 +141,12 @@ def _curve_panel(ax: Axes, metrics: Metrics, family: str, names: Sequence[str]) 
             if not len(curve.values):
                 continue
             color = SERIES[place % len(SERIES)] if len(names) > 1 else SERIES[kind == "valid"]
-            label = (
-                f"{kind} {short}".strip()
-                if len(names) > 1 or metrics.curve("valid", name).values.size
-                else None
-            )
+            label = f"{kind} {short}".strip() if len(names) > 1 or metrics.curve("valid", name).values.size else None
             values = curve.values * scale
             if kind == "train":
-                _line(ax, curve.hours, values, color, label)
+                _line(ax, curve.hours, values, color, label, smoothed=family != "learning_rate")
             else:
-                ax.plot(
-                    curve.hours, values, color=color, linestyle="--", marker="o", markersize=3.5, label=label
-                )
+                ax.plot(curve.hours, values, color=color, linestyle="--", marker="o", markersize=3.5, label=label)
             finite = values[np.isfinite(values)]
             # the first few records are far off and would flatten the rest
             settled = finite[len(finite) // 20 :] if kind == "train" else finite
@@ -176,16 +168,21 @@ def _curve_panel(ax: Axes, metrics: Metrics, family: str, names: Sequence[str]) 
 
 
 def _line(
-    ax: Axes, hours: np.ndarray, values: np.ndarray, color: str, label: str | None, style: str = "-"
+    ax: Axes,
+    hours: Floats,
+    values: Floats,
+    color: str,
+    label: str | None,
+    style: str = "-",
+    *,
+    smoothed: bool = True,
 ) -> None:
     """Draw a curve: as logged, faint, and its running mean over about a 25th of it."""
-    width = max(1, len(values) // 25) | 1
+    width = max(1, len(values) // 25) | 1 if smoothed else 1
     if width > 1:
         ax.plot(hours, values, color=color, alpha=0.25, linewidth=0.8)
     marker = "o" if len(values) == 1 else None
-    ax.plot(
-        hours, smooth(values, width), color=color, label=label, linestyle=style, marker=marker, markersize=3.5
-    )
+    ax.plot(hours, smooth(values, width), color=color, label=label, linestyle=style, marker=marker, markersize=3.5)
 
 
 def _label(ax: Axes, label: str) -> None:

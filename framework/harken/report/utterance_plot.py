@@ -146,9 +146,7 @@ def _posteriors(ax: Axes, view: View, rows: list[int]) -> None:
         interpolation="none",
         extent=(left, right, -0.5, len(rows) - 0.5),
     )
-    names = [
-        view.symbols[row].replace("<space>", "space").replace("<blank>", "blank") for row in reversed(rows)
-    ]
+    names = [view.symbols[row].replace("<space>", "space").replace("<blank>", "blank") for row in reversed(rows)]
     ax.set_yticks(range(len(rows)), names, fontsize=6)
     ax.tick_params(axis="y", length=0, pad=2)
     ax.set_ylabel("CTC posterior")

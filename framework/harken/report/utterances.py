@@ -16,7 +16,7 @@ from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
-from harken.data.read import Samples, UnreadableAudio, read_cut
+from harken.data.read import Samples, UnreadableAudioError, read_cut
 from harken.data.tokens import BLANK, Tokenizer
 from harken.decode.greedy import greedy_search
 from harken.evaluate.hypotheses import read_hypotheses
@@ -168,7 +168,7 @@ def _view(one: _Candidate, model: CtcModel, stores: Sequence[Store]) -> View:
     spec = model.spec
     try:
         samples = read_cut(cut, spec.sample_rate)
-    except UnreadableAudio as error:
+    except UnreadableAudioError as error:
         raise HarkenError(f"{error}; run `harken data verify {one.manifest.path}`") from error
     log_probs, lengths = model.log_probs(collate([Row(cut.id, one.ref, samples, 0)]))
     scores: NDArray[np.float32] = log_probs[0, : int(lengths[0])].float().cpu().numpy()

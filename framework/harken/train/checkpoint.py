@@ -1,14 +1,14 @@
 """Checkpoints that are whole or absent: written under a temporary name, synced, checksummed, renamed.
 
-    checkpoints/step-00001000/
-        model.safetensors    plain weights, readable without DeepSpeed
-        average.safetensors  their moving average, where one is kept
-        config.yaml          the resolved configuration
-        state.json           step, data position, counters
-        engine/              DeepSpeed's shards: optimiser state
-        versions.json        of harken, torch, DeepSpeed, Python
-        checksums.json       SHA-256 of every other file; written last
-    checkpoints/best.json    the best checkpoints, best first
+checkpoints/step-00001000/
+    model.safetensors    plain weights, readable without DeepSpeed
+    average.safetensors  their moving average, where one is kept
+    config.yaml          the resolved configuration
+    state.json           step, data position, counters
+    engine/              DeepSpeed's shards: optimiser state
+    versions.json        of harken, torch, DeepSpeed, Python
+    checksums.json       SHA-256 of every other file; written last
+checkpoints/best.json    the best checkpoints, best first
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from harken import __version__
+from harken.config.saved import CHECKPOINTS, save_model
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.errors import HarkenError
 from harken.core.files import remove, sha256_file, sync, write_json_atomic
-from harken.config.saved import CHECKPOINTS, save_model
 from harken.engine.base import Engine
 from harken.optim.ema import WeightAverage
 from harken.train.log import say
@@ -49,7 +49,9 @@ class Checkpoints:
         """Names of the checkpoints, oldest first."""
         return sorted(path.name for path in self.root.glob("step-*") if path.is_dir())
 
-    def save(self, engine: Engine, state: TrainState, average: WeightAverage | None, score: float | None = None) -> None:
+    def save(
+        self, engine: Engine, state: TrainState, average: WeightAverage | None, score: float | None = None
+    ) -> None:
         """Write a checkpoint of the current step; every rank calls it. `score` is its validation metric."""
         name = f"step-{state.step:08d}"
         target, temporary = self.root / name, self.root / f".{name}.tmp"
@@ -71,7 +73,7 @@ class Checkpoints:
             write_json_atomic(temporary / "checksums.json", checksums(temporary))
             sync(temporary)
             remove(target)
-            os.replace(temporary, target)
+            temporary.replace(target)
             sync_folder(self.root)
             self._rank(name, score)
             self._prune()
@@ -113,7 +115,9 @@ class Checkpoints:
                     found = "!"
         found = distributed.broadcast_text(found)
         if found == "!":
-            raise HarkenError(f"every checkpoint in {self.root} is damaged; move the folder away to start from the beginning")
+            raise HarkenError(
+                f"every checkpoint in {self.root} is damaged; move the folder away to start from the beginning"
+            )
         return self.root / found if found else None
 
     def load(self, path: Path, engine: Engine, average: WeightAverage | None) -> TrainState:

@@ -59,18 +59,26 @@ def train(run: Run) -> str:
         waiting = time.perf_counter()
         batches, position = next(steps)
         run.speed.waited += time.perf_counter() - waiting
-        applied = _step(run, batches)
-        _advance(run, batches, position, applied=applied)
+        _step(run, batches)
+        _advance(run, batches, position)
         state.wall_seconds = wall_before + time.perf_counter() - started
         if state.step % config.log.every_steps == 0 or state.step == config.train.steps:
             left = (time.perf_counter() - started) / (state.step - first_step) * (config.train.steps - state.step)
             _log(run, left)
         excluded = time.perf_counter()
         score, give_up = None, False
-        if run.valid is not None and (state.step % config.train.valid_every_steps == 0 or state.step == config.train.steps):
+        if run.valid is not None and (
+            state.step % config.train.valid_every_steps == 0 or state.step == config.train.steps
+        ):
             score, give_up = _validate(run)
         stopping = run.stop.agreed()
-        if state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps or stopping or give_up or score is not None:
+        if (
+            state.step % config.checkpoint.every_steps == 0
+            or state.step == config.train.steps
+            or stopping
+            or give_up
+            or score is not None
+        ):
             run.checkpoints.save(run.engine, state, run.average, score)
             saved = state.step
         run.speed.excluded += time.perf_counter() - excluded
@@ -78,7 +86,10 @@ def train(run: Run) -> str:
             say(f"asked to stop: saved step {saved}; the same command continues from there")
             return "stopped"
         if give_up:
-            say(f"no better `{config.checkpoint.metric}` in {config.train.patience} validations: stopping at step {state.step}")
+            say(
+                f"no better `{config.checkpoint.metric}` in {config.train.patience} validations: "
+                f"stopping at step {state.step}"
+            )
             return "early stop"
     say(f"finished {state.step} steps, {state.seconds / 3600:.2f} h of audio, in {duration(state.wall_seconds)}")
     return "finished"
@@ -105,16 +116,21 @@ def _step(run: Run, batches: list[Batch]) -> bool:
     else:
         state.skipped_steps += 1
         ids = [cut for batch in batches for cut in batch.ids]
-        say(f"WARNING step {state.step + 1} skipped: its gradient is not finite; cuts of this rank: {', '.join(ids[:20])}")
+        say(
+            f"WARNING step {state.step + 1} skipped: its gradient is not finite; "
+            f"cuts of this rank: {', '.join(ids[:20])}"
+        )
     return applied
 
 
-def _advance(run: Run, batches: list[Batch], position: Position, *, applied: bool) -> None:
+def _advance(run: Run, batches: list[Batch], position: Position) -> None:
     state = run.state
     state.step += 1
     state.position = position
     rate = run.config.data.sample_rate
-    rows, seconds = distributed.sum_over_ranks([float(sum(len(b.ids) for b in batches)), sum(b.real for b in batches) / rate])
+    rows, seconds = distributed.sum_over_ranks(
+        [float(sum(len(b.ids) for b in batches)), sum(b.real for b in batches) / rate]
+    )
     state.seconds += seconds
     state.cuts_read += int(rows)
     for note in (note for batch in batches for note in batch.notes):
@@ -124,7 +140,10 @@ def _advance(run: Run, batches: list[Batch], position: Position, *, applied: boo
     bad, allowed = len(state.noted.get("replaced", {})), run.config.data.max_bad_share
     if bad > 10 and bad > allowed * state.cuts_read:
         names = ", ".join(list(state.noted["replaced"])[:10])
-        raise HarkenError(f"{bad} of {state.cuts_read} cuts could not be read, more than `data.max_bad_share` {allowed}: {names}, ...; run `harken data verify {run.config.data.train}`")
+        raise HarkenError(
+            f"{bad} of {state.cuts_read} cuts could not be read, more than `data.max_bad_share` {allowed}: "
+            f"{names}, ...; run `harken data verify {run.config.data.train}`"
+        )
     run.log.advance()
 
 
@@ -133,7 +152,14 @@ def _log(run: Run, left: float) -> None:
     figures["gradient_norm"] = run.engine.grad_norm
     figures["learning_rate"] = run.schedule(run.state.step - 1)
     figures.update(run.speed.read())
-    run.log.write("train", run.state.step, figures, epoch=run.state.position.epoch, hours=run.state.seconds / 3600, wall=run.state.wall_seconds)
+    run.log.write(
+        "train",
+        run.state.step,
+        figures,
+        epoch=run.state.position.epoch,
+        hours=run.state.seconds / 3600,
+        wall=run.state.wall_seconds,
+    )
     run.log.line("train", run.state.step, figures, left)
 
 
@@ -151,7 +177,9 @@ def _validate(run: Run) -> tuple[float, bool]:
     if metric not in figures:
         raise HarkenError(f"`checkpoint.metric` must be one of {sorted(figures)}, got `{metric}`")
     score = figures[metric]
-    better = state.best_score is None or (score > state.best_score if keep.higher_is_better else score < state.best_score)
+    better = state.best_score is None or (
+        score > state.best_score if keep.higher_is_better else score < state.best_score
+    )
     state.best_score = score if better else state.best_score
     state.validations_without_best = 0 if better else state.validations_without_best + 1
     return score, bool(run.config.train.patience and state.validations_without_best >= run.config.train.patience)

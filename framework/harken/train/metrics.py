@@ -31,4 +31,6 @@ class Meter:
         flat = torch.stack([part.double() for name in names for part in self._sums[name]]).tolist()
         sums = distributed.sum_over_ranks(flat)
         self._sums.clear()
-        return {name: sums[2 * i] / sums[2 * i + 1] if sums[2 * i + 1] else float("nan") for i, name in enumerate(names)}
+        return {
+            name: sums[2 * i] / sums[2 * i + 1] if sums[2 * i + 1] else float("nan") for i, name in enumerate(names)
+        }

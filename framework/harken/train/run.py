@@ -12,6 +12,7 @@ from torch import nn
 
 from harken.config.load import flatten, to_yaml
 from harken.config.registry import build
+from harken.config.saved import load_config
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.batch import Batch
@@ -20,7 +21,6 @@ from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
 from harken.data.dataset import Prepare
 from harken.data.loader import EvalLoader, Position, TrainLoader
-from harken.config.saved import load_config
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
 from harken.optim.ema import WeightAverage
 from harken.optim.groups import parameter_groups
@@ -72,11 +72,15 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
 
 def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
     rank, world = distributed.rank(), distributed.world_size()
-    loader = TrainLoader(config.data, config.batch, prepare(True), seed=config.seed, hop=spec.stride, rank=rank, world_size=world)
+    loader = TrainLoader(
+        config.data, config.batch, prepare(True), seed=config.seed, hop=spec.stride, rank=rank, world_size=world
+    )
     say(f"training data {config.data.train}: {loader.selection.describe()}; {loader.steps_in(0)} steps an epoch")
     valid = None
     if config.data.valid is not None:
-        valid = EvalLoader(config.data.valid, config.data, config.batch.max_seconds, prepare(False), rank=rank, world_size=world)
+        valid = EvalLoader(
+            config.data.valid, config.data, config.batch.max_seconds, prepare(False), rank=rank, world_size=world
+        )
     torch.manual_seed(config.seed)  # the weights: equal on every rank and for every number of ranks
     model = make(config)
     part = cast(Trainable, model)
@@ -108,7 +112,13 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
         flops=part.flops,
         after_step=part.after_step,
         checkpoints=checkpoints,
-        log=RunLog(folder, total_steps=config.train.steps, tensorboard=config.log.tensorboard, samples=config.log.samples, start_step=state.step),
+        log=RunLog(
+            folder,
+            total_steps=config.train.steps,
+            tensorboard=config.log.tensorboard,
+            samples=config.log.samples,
+            start_step=state.step,
+        ),
         speed=Speedometer(config.data.sample_rate, peak),
         average=average,
         state=state,
@@ -119,7 +129,10 @@ def _average(config: RunConfig, model: nn.Module) -> WeightAverage | None:
     if not config.train.ema_decay:
         return None
     if config.engine.zero_stage == 3:
-        raise HarkenError("`train.ema_decay` needs whole weights on each rank, which `engine.zero_stage: 3` does not keep: use stage 0, 1 or 2")
+        raise HarkenError(
+            "`train.ema_decay` needs whole weights on each rank, which `engine.zero_stage: 3` does not keep: "
+            "use stage 0, 1 or 2"
+        )
     return WeightAverage(model, config.train.ema_decay)
 
 
@@ -131,7 +144,10 @@ def _resume(checkpoints: Checkpoints, engine: DeepSpeedEngine, average: WeightAv
     if changed:
         say(f"WARNING the configuration differs from that of {newest}:\n  " + "\n  ".join(changed))
     state = checkpoints.load(newest, engine, average)
-    say(f"continuing from {newest}: step {state.step}, epoch {state.position.epoch}, {state.seconds / 3600:.2f} h of audio seen")
+    say(
+        f"continuing from {newest}: step {state.step}, epoch {state.position.epoch}, "
+        f"{state.seconds / 3600:.2f} h of audio seen"
+    )
     return state
 
 
@@ -141,15 +157,20 @@ def config_changes(old: RunConfig, new: RunConfig) -> list[str]:
     missing: Any = "(not there)"
     keys = sorted(before.keys() | after.keys())
     return [
-        f"{key}: was {before.get(key, missing)!r}, is {after.get(key, missing)!r}" for key in keys if before.get(key, missing) != after.get(key, missing)
+        f"{key}: was {before.get(key, missing)!r}, is {after.get(key, missing)!r}"
+        for key in keys
+        if before.get(key, missing) != after.get(key, missing)
     ]
 
 
 def _describe(model: nn.Module, config: RunConfig, peak: float) -> None:
     total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-    trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(
+        getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters() if parameter.requires_grad
+    )
     say(
-        f"{config.objective.name} on {config.encoder.name} and {config.frontend.name}: {total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained; "
+        f"{config.objective.name} on {config.encoder.name} and {config.frontend.name}: "
+        f"{total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained; "
         f"{distributed.world_size()} process(es), {torch.get_num_threads()} threads, ZeRO {config.engine.zero_stage}, "
         f"{config.engine.precision}; peak {peak:.2f} TFLOP/s"
     )

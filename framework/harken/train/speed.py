@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from harken.core import distributed
@@ -18,7 +17,8 @@ _KNOWN_PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A60
 def peak_tflops(dtype: torch.dtype) -> float:
     """Return the peak of this process's device in TFLOP/s: a data sheet's for a known GPU, else measured.
 
-    Measured means the best of five large matrix products in `dtype`, so utilisation is relative to what torch can reach here.
+    Measured means the best of five large matrix products in `dtype`, so utilisation is relative to what torch can
+    reach here.
     """
     device = distributed.device()
     if device.type == "cuda":
@@ -44,7 +44,7 @@ def memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
 
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.Process().memory_info().rss) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Speedometer:
         self.flops += flops
 
     def read(self) -> dict[str, float]:
-        """Return the interval's figures over all ranks and start anew. Time spent validating and saving is not in them."""
+        """Return the interval's figures over all ranks and start anew; time for validating and saving is not in them."""
         now = time.perf_counter()
         elapsed = max(now - self.started - self.excluded, 1e-9)
         real, padded, flops, waited = distributed.sum_over_ranks([self.real, self.padded, self.flops, self.waited])

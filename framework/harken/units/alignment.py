@@ -15,7 +15,7 @@ from harken.units.store import LabelStore
 
 
 class UnitReader:
-    """Reads the labels of a batch at its frames: for each frame the label whose middle is nearest to the frame's middle.
+    """Reads the labels of a batch at its frames: for each frame the label whose middle is nearest to the frame's.
 
     For MFCC units at 100 Hz and frames at 50 Hz that is every second label, as fairseq takes.
     """
@@ -38,12 +38,21 @@ class UnitReader:
 
     def _check(self, classes: Sequence[int]) -> None:
         if len(self.folders) != len(classes):
-            raise HarkenError(f"`data.labels` must name one store for each codebook of `objective.classes`, got {len(self.folders)} and {len(classes)}")
+            raise HarkenError(
+                "`data.labels` must name one store for each codebook of `objective.classes`, "
+                f"got {len(self.folders)} and {len(classes)}"
+            )
         for store, count in zip(self.stores, classes, strict=True):
             if store.card.clusters != count:
-                raise HarkenError(f"`objective.classes` must equal the clusters of {store.folder}, got {count} and {store.card.clusters}")
+                raise HarkenError(
+                    f"`objective.classes` must equal the clusters of {store.folder}, "
+                    f"got {count} and {store.card.clusters}"
+                )
             if store.card.sample_rate != self.spec.sample_rate:
-                raise HarkenError(f"{store.folder} was labelled at {store.card.sample_rate} Hz, the frontend reads {self.spec.sample_rate} Hz")
+                raise HarkenError(
+                    f"{store.folder} was labelled at {store.card.sample_rate} Hz, "
+                    f"the frontend reads {self.spec.sample_rate} Hz"
+                )
 
     def read(self, batch: Batch, frames: int) -> NDArray[np.int32]:
         """Return `(B, frames, C)` labels; padded frames hold 0 and belong to no loss.
@@ -59,7 +68,8 @@ class UnitReader:
                 places = np.rint((start + middle[:count] - store.card.center) / store.card.hop).astype(np.int64)
                 if count and places[-1] > len(values) + 1:
                     raise HarkenError(
-                        f"cut `{cut}` has {len(values)} labels in {store.folder} and needs {int(places[-1]) + 1}: the audio or the label rate changed"
+                        f"cut `{cut}` has {len(values)} labels in {store.folder} and needs {int(places[-1]) + 1}: "
+                        "the audio or the label rate changed"
                     )
                 labels[row, :count, codebook] = values[places.clip(0, len(values) - 1)]
         return labels

@@ -39,10 +39,20 @@ def check_units(store: LabelStore) -> UnitReport:
     boundaries = np.union1d(boundaries, store.index[1:-1])
     runs = np.diff(np.concatenate([[0], boundaries, [len(values)]]))
     if used <= 1:
-        problems.append(f"every label is {int(values[0]) if len(values) else '-'}: the features or the clusterer are broken")
+        problems.append(
+            f"every label is {int(values[0]) if len(values) else '-'}: the features or the clusterer are broken"
+        )
     elif counts.max() > 0.5 * len(values):
         warnings.append(f"unit {int(counts.argmax())} is {100 * counts.max() / len(values):.0f}% of all labels")
     if used < 0.9 * store.card.clusters:
         warnings.append(f"only {used} of {store.card.clusters} clusters occur")
     histogram = np.bincount(np.minimum(runs, 30), minlength=31)[1:]
-    return UnitReport(used, perplexity, float(runs.mean()) if len(runs) else 0.0, counts.tolist(), histogram.tolist(), problems, warnings)
+    return UnitReport(
+        used,
+        perplexity,
+        float(runs.mean()) if len(runs) else 0.0,
+        counts.tolist(),
+        histogram.tolist(),
+        problems,
+        warnings,
+    )

@@ -31,7 +31,9 @@ class Clusterer:
 
     def __call__(self, frames: Frames) -> NDArray[np.int64]:
         """Return the unit of each frame `(T, D)`."""
-        labels: NDArray[np.int64] = assign(torch.from_numpy(np.ascontiguousarray(frames)), torch.from_numpy(self.centroids))[0].numpy()
+        labels: NDArray[np.int64] = assign(
+            torch.from_numpy(np.ascontiguousarray(frames)), torch.from_numpy(self.centroids)
+        )[0].numpy()
         return labels
 
     @classmethod
@@ -50,8 +52,10 @@ class Clusterer:
         return cls(np.load(folder / "centroids.npy"), card["features"], digest)
 
 
-def sample_frames(manifest: str, features: Features, data: DataConfig, *, max_frames: int, seed: int, say: Say) -> Frames:
-    """Stream over a manifest and keep a seeded share of the frames of every cut, at most about `max_frames` in memory."""
+def sample_frames(
+    manifest: str, features: Features, data: DataConfig, *, max_frames: int, seed: int, say: Say
+) -> Frames:
+    """Stream over a manifest and keep a seeded share of every cut's frames, at most about `max_frames` in memory."""
     opened = Manifest(manifest)
     spec = features.spec
     total = sum(int(spec.num_frames(round(float(seconds) * spec.sample_rate))) for seconds in opened.seconds)
@@ -64,11 +68,15 @@ def sample_frames(manifest: str, features: Features, data: DataConfig, *, max_fr
             chosen = draws.generator("k-means sample", cut).random(len(frames)) < share
             kept.append(frames if share >= 1 else frames[chosen])
         if (place + 1) % 20 == 0 or place + 1 == len(loader):
-            say(f"features of {place + 1}/{len(loader)} batches, {sum(map(len, kept))} frames kept ({100 * share:.0f}%)")
+            say(
+                f"features of {place + 1}/{len(loader)} batches, {sum(map(len, kept))} frames kept ({100 * share:.0f}%)"
+            )
     return np.concatenate(kept)
 
 
-def fit_clusterer(out: Path, manifest: str, features: Features, data: DataConfig, config: KMeansConfig, *, max_frames: int, say: Say) -> None:
+def fit_clusterer(
+    out: Path, manifest: str, features: Features, data: DataConfig, config: KMeansConfig, *, max_frames: int, say: Say
+) -> None:
     """Fit and write a clusterer; an unfinished one leaves nothing behind."""
     frames = sample_frames(manifest, features, data, max_frames=max_frames, seed=config.seed, say=say)
     centroids, inertia = fit(frames, config, say)

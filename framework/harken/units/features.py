@@ -70,19 +70,19 @@ class Mfcc:
         frames = [mfcc.get_frame(index) for index in range(mfcc.num_frames_ready)]
         static = np.asarray(frames, dtype=np.float32).reshape(len(frames), 13)
         if self.normalize and len(static):
-            static = (static - static.mean(0)) / (static.std(0) + 1e-5)
+            static = ((static - static.mean(0)) / (static.std(0) + 1e-5)).astype(np.float32)
         first = differences(static)
         return np.concatenate([static, first, differences(first)], axis=1)
 
 
 def differences(x: Frames) -> Frames:
-    """Return Kaldi's deltas over two frames on each side: `sum_n n (x[t+n] - x[t-n]) / (2 sum_n n^2)`, edges repeated."""
+    """Return Kaldi's deltas over two frames a side: `sum_n n (x[t+n] - x[t-n]) / (2 sum_n n^2)`, edges repeated."""
     if not len(x):
         return x
     padded = np.pad(x, ((2, 2), (0, 0)), mode="edge")
     size = len(x)
-    slope: Frames = (padded[3 : 3 + size] - padded[1 : 1 + size] + 2 * (padded[4 : 4 + size] - padded[:size])) / np.float32(10)
-    return slope
+    rise = padded[3 : 3 + size] - padded[1 : 1 + size] + 2 * (padded[4 : 4 + size] - padded[:size])
+    return (rise / np.float32(10)).astype(np.float32, copy=False)
 
 
 class Hidden:
@@ -110,7 +110,14 @@ class Hidden:
         return [hidden[row, :length] for row, length in enumerate(encoded.lengths.tolist())]
 
 
-def make_features(kind: str, *, model: str | Path | None = None, layer: int | None = None, normalize: bool = False, sample_rate: int = 16000) -> Features:
+def make_features(
+    kind: str,
+    *,
+    model: str | Path | None = None,
+    layer: int | None = None,
+    normalize: bool = False,
+    sample_rate: int = 16000,
+) -> Features:
     """Make features by name: `mfcc`, or `hidden` of a model's layer."""
     if kind == "mfcc":
         return Mfcc(sample_rate, normalize)

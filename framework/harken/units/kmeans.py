@@ -55,7 +55,9 @@ def fit(frames: NDArray[np.float32], config: KMeansConfig, say: Say = print) -> 
     previous = float("inf")
     for turn in range(config.lloyd_passes + 1):
         sums, counts, inertia = _pass(data, centroids)
-        say(f"pass {turn}: mean squared distance {inertia / len(frames):.4f}, {int((counts == 0).sum())} empty clusters")
+        say(
+            f"pass {turn}: mean squared distance {inertia / len(frames):.4f}, {int((counts == 0).sum())} empty clusters"
+        )
         if turn == config.lloyd_passes or previous - inertia < config.tolerance * inertia:
             break
         previous = inertia

@@ -19,16 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harken.config.schema import BatchConfig, DataConfig
+from harken.config.schema import BatchConfig
 from harken.core.batch import Batch
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.files import write_json_atomic, write_text_atomic
-from harken.data.dataset import collate
+from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
 from harken.data.plan import make_plan, select
-from harken.data.read import UnreadableAudio, read_cut
-from harken.data.dataset import Row
+from harken.data.read import UnreadableAudioError, read_cut
 from harken.units.clusterer import Clusterer
 from harken.units.features import Features
 from harken.units.store import Card
@@ -68,7 +67,9 @@ def label(job: Job, processes: int, say: Callable[[str], None]) -> Card:
     clusterer = Clusterer.load(job.clusterer)
     features = job.features()
     if features.describe() != clusterer.features:
-        raise HarkenError(f"{job.clusterer} clusters `{clusterer.features}`, and these features are `{features.describe()}`")
+        raise HarkenError(
+            f"{job.clusterer} clusters `{clusterer.features}`, and these features are `{features.describe()}`"
+        )
     layout = plan_layout(job, features)
     card = Card(
         clusters=len(clusterer.centroids),
@@ -85,7 +86,10 @@ def label(job: Job, processes: int, say: Callable[[str], None]) -> Card:
         say(f"{job.out} is finished: nothing to do")
         return card
     todo = [piece for piece in range(len(layout.pieces)) if not _marker(job.out, piece).is_file()]
-    say(f"{len(layout.ids)} cuts, {card.labels} labels of {card.clusters} clusters at {card.rate:g} Hz; {len(todo)} of {len(layout.pieces)} pieces to do")
+    say(
+        f"{len(layout.ids)} cuts, {card.labels} labels of {card.clusters} clusters at {card.rate:g} Hz; "
+        f"{len(todo)} of {len(layout.pieces)} pieces to do"
+    )
     _run(job, todo, processes)
     _finish(job, layout, card)
     return card
@@ -99,10 +103,17 @@ def plan_layout(job: Job, features: Features) -> Layout:
         manifest = Manifest(path)
         seconds = np.asarray(manifest.seconds)
         limit = max(job.max_seconds, float(seconds.max()))
-        plan = make_plan(select(seconds, 0.0, limit, None), BatchConfig(max_seconds=limit, seconds_per_step=limit), Draws(0, 0), shuffle=False)
+        plan = make_plan(
+            select(seconds, 0.0, limit, None),
+            BatchConfig(max_seconds=limit, seconds_per_step=limit),
+            Draws(0, 0),
+            shuffle=False,
+        )
         batches += [(number, plan[place]) for place in range(len(plan))]
         for place, duration in enumerate(seconds.tolist()):
-            entries.append((str(manifest.line(place)["id"]), int(features.spec.num_frames(round(duration * job.sample_rate)))))
+            entries.append(
+                (str(manifest.line(place)["id"]), int(features.spec.num_frames(round(duration * job.sample_rate))))
+            )
     entries.sort()
     ids = [name for name, _ in entries]
     if len(set(ids)) != len(ids):
@@ -113,12 +124,14 @@ def plan_layout(job: Job, features: Features) -> Layout:
 
 
 def _start_store(job: Job, layout: Layout, card: Card) -> bool:
-    """Make the store's files, or check that those that are there belong to this labelling; False when it is finished."""
+    """Make the store's files, or check that those there belong to this labelling; False when it is finished."""
     plan = {**vars(card), "manifests": [Manifest(path).card["sha256"] for path in job.manifests]}
     path = job.out / "plan.json"
     if path.is_file():
         if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
-            raise HarkenError(f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it")
+            raise HarkenError(
+                f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it"
+            )
         return not (job.out / "card.json").is_file()
     if job.out.exists() and any(job.out.iterdir()):
         raise HarkenError(f"{job.out} is not empty and holds no labelling: choose another folder")
@@ -140,14 +153,20 @@ def _run(job: Job, todo: list[int], processes: int) -> None:
         _work(job, todo)
         return
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(job, todo[number::processes])) for number in range(min(processes, len(todo)))]
+    workers = [
+        context.Process(target=_work, args=(job, todo[number::processes]))
+        for number in range(min(processes, len(todo)))
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     failed = [worker.exitcode for worker in workers if worker.exitcode]
     if failed:
-        raise HarkenError(f"{len(failed)} of {len(workers)} labelling processes failed (exit {failed}); finished pieces are kept, run the same command again")
+        raise HarkenError(
+            f"{len(failed)} of {len(workers)} labelling processes failed (exit {failed}); "
+            "finished pieces are kept, run the same command again"
+        )
 
 
 def _work(job: Job, pieces: list[int]) -> None:
@@ -182,7 +201,7 @@ def _read(manifest: Manifest, places: NDArray[np.int64], sample_rate: int, unrea
         cut = manifest[int(place)]
         try:
             rows.append(Row(cut.id, "", read_cut(cut, sample_rate), 0))
-        except UnreadableAudio as error:
+        except UnreadableAudioError as error:
             unreadable[cut.id] = str(error)
     return collate(rows) if rows else None
 
@@ -200,7 +219,9 @@ def _finish(job: Job, layout: Layout, card: Card) -> None:
     unreadable: dict[str, str] = {}
     for piece in range(len(layout.pieces)):
         unreadable.update(json.loads(_marker(job.out, piece).read_text())["unreadable"])
-    write_text_atomic(job.out / "unreadable.tsv", "".join(f"{cut}\t{reason}\n" for cut, reason in sorted(unreadable.items())))
+    write_text_atomic(
+        job.out / "unreadable.tsv", "".join(f"{cut}\t{reason}\n" for cut, reason in sorted(unreadable.items()))
+    )
     for path in (job.out / "pieces").iterdir():
         path.unlink()
     (job.out / "pieces").rmdir()

@@ -62,14 +62,20 @@ class LabelStore:
         path = self.folder / "card.json"
         if not path.is_file():
             unfinished = (self.folder / "pieces").is_dir()
-            hint = "its labelling did not finish: run the same `harken units label` again" if unfinished else "`harken units label` makes one"
+            hint = (
+                "its labelling did not finish: run the same `harken units label` again"
+                if unfinished
+                else "`harken units label` makes one"
+            )
             raise HarkenError(f"no finished label store at {self.folder}; {hint}")
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         card = Card(**data)
         expected = card.labels * np.dtype(card.dtype).itemsize
         found = (self.folder / "labels.bin").stat().st_size
         if found != expected:
-            raise HarkenError(f"{self.folder}/labels.bin must be {expected} bytes by its card, found {found}: make the labels again")
+            raise HarkenError(
+                f"{self.folder}/labels.bin must be {expected} bytes by its card, found {found}: make the labels again"
+            )
         return card
 
     @cached_property
@@ -95,5 +101,7 @@ class LabelStore:
         """
         place = bisect_left(self.ids, cut)
         if place == len(self.ids) or self.ids[place] != cut:
-            raise HarkenError(f"label store {self.folder} has no labels for cut `{cut}`: it was made from another manifest")
+            raise HarkenError(
+                f"label store {self.folder} has no labels for cut `{cut}`: it was made from another manifest"
+            )
         return self.values[self.index[place] : self.index[place + 1]]

@@ -19,7 +19,10 @@ class LinearConfig(SlotConfig):
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or self.peak <= 0:
-            raise HarkenError(f"`schedule.peak` must be positive and `schedule.warmup_steps` at least 0, got {self.peak} and {self.warmup_steps}")
+            raise HarkenError(
+                "`schedule.peak` must be positive and `schedule.warmup_steps` at least 0, "
+                f"got {self.peak} and {self.warmup_steps}"
+            )
 
 
 @register("schedule", LinearConfig)
