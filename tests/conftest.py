@@ -1,4 +1,4 @@
-"""A tiny corpus that every test may read: seeded tones and noise as FLAC, manifests, characters, labels made by harken."""
+"""A tiny corpus for every test: seeded tones and noise as FLAC, manifests, characters, labels made by harken."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ RATE = 16000
 CLUSTERS = 12
 # each character sounds as its own tone, so that CTC and k-means have something to find
 TONES = {"a": 300.0, "b": 700.0, "c": 1500.0, "d": 3100.0, " ": 0.0}
-ENCODER = {"name": "transformer", "dim": 32, "layers": 2, "heads": 4, "ffn_dim": 64, "position_kernel": 8, "position_groups": 4}
+ENCODER = {
+    "name": "transformer",
+    "dim": 32,
+    "layers": 2,
+    "heads": 4,
+    "ffn_dim": 64,
+    "position_kernel": 8,
+    "position_groups": 4,
+}
 FRONTENDS: dict[str, dict[str, Any]] = {
     "filterbank": {"name": "filterbank", "bands": 20, "channels": 24, "subsampling": 2},
     "waveform": {"name": "waveform", "channels": 16, "grad_scale": 0.1},
@@ -40,7 +48,13 @@ class Corpus:
         """Return the plain data of a run: eight ragged micro-batches a step, dropout and layer drop on."""
         parts: dict[str, dict[str, Any]] = {
             "hubert": {"name": "hubert", "classes": [CLUSTERS], "code_dim": 16, "mask_length": 4},
-            "ctc": {"name": "ctc", "tokenizer": str(self.tokens), "mask_length": 4, "freeze_frontend": False, "dropout": 0.1},
+            "ctc": {
+                "name": "ctc",
+                "tokenizer": str(self.tokens),
+                "mask_length": 4,
+                "freeze_frontend": False,
+                "dropout": 0.1,
+            },
         }
         return {
             "seed": 7,

@@ -52,7 +52,12 @@ def run_workers(folder: Path, entries: list[dict[str, Any]]) -> None:
     plan = folder / "plan.json"
     plan.write_text(json.dumps(entries, default=str))
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(plan)], capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT
+        [sys.executable, str(WORKER), str(plan)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
@@ -78,7 +83,8 @@ def final_state(exp: Path, steps: int) -> dict[str, Any]:
     state = json.loads((folder / "state.json").read_text())
     del state["wall_seconds"]
     shards = {
-        str(path.relative_to(folder)): torch.load(path, weights_only=False) for path in sorted(folder.glob("engine/**/*.pt"))
+        str(path.relative_to(folder)): torch.load(path, weights_only=False)
+        for path in sorted(folder.glob("engine/**/*.pt"))
     }
     assert any("optimizer" in shard or "optimizer_state_dict" in shard for shard in shards.values())
     samples: dict[tuple[int, int], dict[str, Any]] = {}
@@ -113,7 +119,12 @@ def runs(corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for workers in WORKERS:
             name = f"{run_name(case)}-{workers}"
             config = write_config(
-                corpus, folder / f"{name}.yaml", objective, frontend, data={"workers": workers}, engine={"zero_stage": zero_stage}
+                corpus,
+                folder / f"{name}.yaml",
+                objective,
+                frontend,
+                data={"workers": workers},
+                engine={"zero_stage": zero_stage},
             )
             if workers == WORKERS[0]:
                 whole[processes].append((config, folder / f"{run_name(case)}-whole", 0))
@@ -140,7 +151,9 @@ def test_a_restart_changes_no_bit(runs: Path, case, workers: int) -> None:
 
 
 def test_two_processes_see_the_samples_of_one(runs: Path) -> None:
-    alone, both = (final_state(runs / f"{name}-whole", STEPS) for name in ("1-hubert-filterbank-0", "2-hubert-filterbank-2"))
+    alone, both = (
+        final_state(runs / f"{name}-whole", STEPS) for name in ("1-hubert-filterbank-0", "2-hubert-filterbank-2")
+    )
     assert both["samples"] == alone["samples"]
     for name, value in alone["weights"].items():
         assert torch.allclose(both["weights"][name], value, rtol=1e-3, atol=1e-5), name
@@ -160,7 +173,9 @@ def steps_logged(exp: Path) -> int:
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     limit = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, f"the run ended before its time: {process.stdout.read() if process.stdout else ''}"
+        assert process.poll() is None, (
+            f"the run ended before its time: {process.stdout.read() if process.stdout else ''}"
+        )
         assert time.monotonic() < limit, "the run made no progress"
         time.sleep(0.001)
 

@@ -44,7 +44,9 @@ def main(out: Path, configs: list[Path]) -> None:
             spec = build("frontend", config.frontend).spec
             folder = out / f"run-{path.stem}-{stage}"
             folder.mkdir(exist_ok=True)
-            run = _build(config, folder, build_objective, lambda train, c=config, s=spec: build_prepare(c, s, train=train), spec)
+            run = _build(
+                config, folder, build_objective, lambda train, c=config, s=spec: build_prepare(c, s, train=train), spec
+            )
             gradients = gradients_before_step(run.engine)
             batches, _ = next(run.loader.steps(run.state.position))
             applied = _step(run, batches)

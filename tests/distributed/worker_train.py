@@ -1,8 +1,8 @@
 """Trains several runs as `harken train` would, each group of runs in fresh processes.
 
-usage: worker_train.py PLAN.json, a list of {"processes": N, "jobs": [[CONFIG, EXP, STOP], ...]}: the jobs of an entry run
-one after the other in N new processes; after step STOP one rank signals itself to stop (0: it does not). The processes
-are forked from this one, which has only imported things, so that importing is paid for once.
+usage: worker_train.py PLAN.json, a list of {"processes": N, "jobs": [[CONFIG, EXP, STOP], ...]}: the jobs of an entry
+run one after the other in N new processes; after step STOP one rank signals itself to stop (0: it does not). The
+processes are forked from this one, which has only imported things, so that importing is paid for once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,13 @@ def run_group(processes: int, jobs: list[tuple[str, str, int]]) -> None:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+            world = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": processes,
+                "LOCAL_WORLD_SIZE": processes,
+                "MASTER_PORT": port,
+            }
             if processes > 1:
                 os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1")
             for job in jobs:

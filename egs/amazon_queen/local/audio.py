@@ -96,9 +96,7 @@ def existing_samples(path: Path, expected: float) -> int:
     return int(info.frames) if fits else 0
 
 
-def extract_all(
-    jobs: Sequence[Job], *, data_file: Path, folder: Path, force: bool, processes: int
-) -> list[Sound]:
+def extract_all(jobs: Sequence[Job], *, data_file: Path, folder: Path, force: bool, processes: int) -> list[Sound]:
     """Extract every entry in `processes` processes, in the order of `jobs`."""
     for leftover in folder.glob("*/.*.tmp"):  # of a run that was killed while it wrote
         leftover.unlink()

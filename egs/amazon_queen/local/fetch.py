@@ -41,17 +41,13 @@ def find_corpus(source: Path | None, download_dir: Path) -> Corpus:
         deb = newest_deb(download_dir) or download(download_dir)
         return from_folder(unpack(deb, download_dir / "unpacked"), str(deb))
     if not source.exists():
-        raise HarkenError(
-            f"`--corpus` must be a folder, a .deb or {DATA_FILE}, and {source} does not exist. {WAYS}."
-        )
+        raise HarkenError(f"`--corpus` must be a folder, a .deb or {DATA_FILE}, and {source} does not exist. {WAYS}.")
     if source.is_dir():
         if next(source.rglob(DATA_FILE), None) is not None:
             return from_folder(source, str(source))
         folder_deb = newest_deb(source)
         if folder_deb is None:
-            raise HarkenError(
-                f"`--corpus` must hold {DATA_FILE} or {PACKAGE}_*.deb, {source} holds neither. {WAYS}."
-            )
+            raise HarkenError(f"`--corpus` must hold {DATA_FILE} or {PACKAGE}_*.deb, {source} holds neither. {WAYS}.")
         source = folder_deb
     if source.suffix == ".deb":
         return from_folder(unpack(source, download_dir / "unpacked"), str(source))
@@ -76,9 +72,7 @@ def from_folder(folder: Path, origin: str) -> Corpus:
 def download(folder: Path) -> Path:
     """Fetch the package with `apt-get download`, which verifies its checksum; returns its path in `folder`."""
     if shutil.which("apt-get") is None:
-        raise HarkenError(
-            f"the corpus must come from a Debian package, and there is no `apt-get` here. {WAYS}."
-        )
+        raise HarkenError(f"the corpus must come from a Debian package, and there is no `apt-get` here. {WAYS}.")
     print(f"fetching {PACKAGE} (35 MB) with apt-get download", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "fetched") as temporary:
@@ -88,12 +82,8 @@ def download(folder: Path) -> Path:
         )
         found = newest_deb(temporary)
         if result.returncode != 0 or found is None:
-            said = (
-                " / ".join(line for line in result.stderr.splitlines() if line.startswith("E:")) or "nothing"
-            )
-            raise HarkenError(
-                f"`apt-get download {PACKAGE}` must bring the package; apt said: {said}. {WAYS}."
-            )
+            said = " / ".join(line for line in result.stderr.splitlines() if line.startswith("E:")) or "nothing"
+            raise HarkenError(f"`apt-get download {PACKAGE}` must bring the package; apt said: {said}. {WAYS}.")
     shutil.move(folder / "fetched" / found.name, folder / found.name)
     (folder / "fetched").rmdir()
     return folder / found.name

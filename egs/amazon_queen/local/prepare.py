@@ -43,25 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for flac/ and the manifests (about 320 MB)"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for flac/ and the manifests (about 320 MB)")
     parser.add_argument("--corpus", type=Path, help="a folder, a .deb or queen.1c to use instead of fetching")
-    parser.add_argument(
-        "--download-dir", type=Path, help="where the package is kept and unpacked (OUT/download)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="decoding processes (%(default)s)"
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="write audio again that an earlier run has written"
-    )
-    parser.add_argument(
-        "--subsets", type=Path, default=SUBSETS, help="folder of the fixed subset lists (%(default)s)"
-    )
-    parser.add_argument(
-        "--write-subsets", action="store_true", help="make the subset lists again, for maintainers"
-    )
+    parser.add_argument("--download-dir", type=Path, help="where the package is kept and unpacked (OUT/download)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="decoding processes (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="write audio again that an earlier run has written")
+    parser.add_argument("--subsets", type=Path, default=SUBSETS, help="folder of the fixed subset lists (%(default)s)")
+    parser.add_argument("--write-subsets", action="store_true", help="make the subset lists again, for maintainers")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"`--jobs` must be at least 1, got {args.jobs}")
@@ -97,9 +85,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.write_subsets:
         write_subsets(args.subsets, make_subsets(splits["train"]))
     subsets = read_subsets(args.subsets, splits["train"])
-    clock.say(
-        "split", ", ".join(f"{name} {len(splits[name])}" for name in SPLITS) + f", dropped {len(dropped)}"
-    )
+    clock.say("split", ", ".join(f"{name} {len(splits[name])}" for name in SPLITS) + f", dropped {len(dropped)}")
     lists: dict[str, list[str]] = {name: [u.id for u in splits[name]] for name in SPLITS}
     lists |= {subset_name(minutes): ids for minutes, ids in subsets.items()}
     write_manifests(out, items, lists)
@@ -140,9 +126,7 @@ def select(
     queen: QueenFile, pairing: Pairing, sounds: dict[str, Sound], flac: Path
 ) -> tuple[dict[str, Item], dict[str, str]]:
     """Return the usable lines by identifier, and for every other speech entry the reason why it is not used."""
-    dropped = {
-        sound_id(key): sounds[sound_id(key)].reason or "no text" for key in pairing.speech_without_text
-    }
+    dropped = {sound_id(key): sounds[sound_id(key)].reason or "no text" for key in pairing.speech_without_text}
     items: dict[str, Item] = {}
     first_with: dict[bytes, str] = {}
     for line in pairing.lines:
@@ -156,15 +140,11 @@ def select(
             dropped[identifier] = reason
             continue
         first_with[blob] = identifier
-        items[identifier] = make_item(
-            line, identifier, normalised.text, len(blob) / MP3_BYTES_A_SECOND, sound, flac
-        )
+        items[identifier] = make_item(line, identifier, normalised.text, len(blob) / MP3_BYTES_A_SECOND, sound, flac)
     return items, dropped
 
 
-def make_item(
-    line: Line, identifier: str, text: str, nominal_seconds: float, sound: Sound, flac: Path
-) -> Item:
+def make_item(line: Line, identifier: str, text: str, nominal_seconds: float, sound: Sound, flac: Path) -> Item:
     """Put one line and its sound together."""
     utterance = Utterance(
         id=identifier, text=text, speaker=line.speaker, scene=line.key[:5].lower(), seconds=nominal_seconds
@@ -200,16 +180,12 @@ class Clock:
         print(f"{step}: {words} ({self.seconds[step]:.1f} s)", flush=True)
 
 
-def report(
-    splits: dict[str, list[Utterance]], items: dict[str, Item], dropped: dict[str, str], clock: Clock
-) -> None:
+def report(splits: dict[str, list[Utterance]], items: dict[str, Item], dropped: dict[str, str], clock: Clock) -> None:
     """Print the counts, hours and cost at the end."""
     for name in SPLITS:
         part = splits[name]
         hours = sum(items[u.id].seconds for u in part) / 3600
-        print(
-            f"  {name:12} {len(part):5} utterances {hours:7.3f} h {len({u.speaker for u in part}):4} characters"
-        )
+        print(f"  {name:12} {len(part):5} utterances {hours:7.3f} h {len({u.speaker for u in part}):4} characters")
     for reason, count in Counter(reason_kind(reason) for reason in dropped.values()).most_common():
         print(f"  dropped {count:4}: {reason}")
     print(f"done in {clock.seconds['total']:.1f} s; dropped lines are named in dropped.tsv")

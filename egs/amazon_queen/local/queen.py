@@ -81,22 +81,16 @@ def open_queen(path: Path) -> QueenFile:
     if len(data) < TABLE_START or data[:4] != b"QTBL":
         raise HarkenError(f"{path} must be a `queen.1c` that starts with `QTBL`, found {data[:4]!r}")
     if data[12] != MP3:
-        raise HarkenError(
-            f"{path}: compression must be {MP3} (MP3), found {data[12]}: take the Debian package's file"
-        )
+        raise HarkenError(f"{path}: compression must be {MP3} (MP3), found {data[12]}: take the Debian package's file")
     count = struct.unpack_from(">H", data, 13)[0]
     if TABLE_START + count * ENTRY.size > len(data):
-        raise HarkenError(
-            f"{path}: table of {count} entries must fit the file, which ends after {len(data)} bytes"
-        )
+        raise HarkenError(f"{path}: table of {count} entries must fit the file, which ends after {len(data)} bytes")
     queen = QueenFile(data=data)
     for i in range(count):
         raw, _bundle, offset, size = ENTRY.unpack_from(data, TABLE_START + i * ENTRY.size)
         name = raw.split(b"\0")[0].decode("cp437")
         if offset + size > len(data):
-            raise HarkenError(
-                f"{path} is cut short: `{name}` must end at byte {offset + size}, file has {len(data)}"
-            )
+            raise HarkenError(f"{path} is cut short: `{name}` must end at byte {offset + size}, file has {len(data)}")
         queen.entries[name] = (offset, size)
     return queen
 
@@ -200,9 +194,7 @@ def read_jas(objects: GameObjects, blob: bytes) -> tuple[list[Line], list[str]]:
     names_start = objects.num_descriptions
     responses = names_start + objects.num_names + objects.num_rooms + NUM_VERBS
     if len(rows) < responses + NUM_RESPONSES:
-        raise HarkenError(
-            f"QUEEN2.JAS must have {responses + NUM_RESPONSES} lines of text, found {len(rows)}"
-        )
+        raise HarkenError(f"QUEEN2.JAS must have {responses + NUM_RESPONSES} lines of text, found {len(rows)}")
     spoken = rows[responses : responses + NUM_RESPONSES] + rows[: objects.num_descriptions]
     lines: list[Line] = []
     for number, text in enumerate(spoken, start=1):
@@ -260,9 +252,7 @@ def pair(queen: QueenFile) -> Pairing:
         try:
             texts += read_dog(name, queen.blob(name))
         except (struct.error, IndexError) as error:
-            raise HarkenError(
-                f"queen.1c: conversation `{name}` ends inside a record; is the file whole?"
-            ) from error
+            raise HarkenError(f"queen.1c: conversation `{name}` ends inside a record; is the file whole?") from error
     for name in queen.names(".CUT"):
         lines, agrees = read_cut(name, queen.blob(name), objects, thing_names)
         texts += lines

@@ -20,9 +20,7 @@ SEED = "amazon-queen-1"
 SPLITS = ("train", "dev", "test", "test-unseen")
 DEV_MINUTES = 10.0
 TEST_MINUTES = 22.5
-MAX_SHARE = (
-    0.1  # of a character's speech in either of dev and test, for corpora much smaller than the package's
-)
+MAX_SHARE = 0.1  # of a character's speech in either of dev and test, for corpora much smaller than the package's
 # Mid-size characters that no other split may hold. Names that stand for several voices are not among them.
 UNSEEN = frozenset(
     {

@@ -121,16 +121,12 @@ def add_texts(listing: Listing, text: str) -> None:
     """
     entries = listing.entries
     if any(entry.cut is not None for entry in entries):
-        raise HarkenError(
-            "a Lhotse manifest brings its own texts: give them in supervisions, not with --text"
-        )
+        raise HarkenError("a Lhotse manifest brings its own texts: give them in supervisions, not with --text")
     path = Path(text)
     with readable(path):
         if text.startswith(".") and not path.exists():
             files = [entry.path.with_suffix(text) for entry in entries]
-            texts = [
-                _one_line(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files
-            ]
+            texts = [_one_line(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files]
         elif path.suffix in {".wrd", ".ltr"}:
             texts = _fairseq_lines(path, len(entries))
         else:

@@ -34,9 +34,7 @@ def read_source(source: Path, *, root: Path | None = None, supervisions: Path | 
     with readable(source):
         listing = _read(source, root, supervisions)
     if supervisions is not None and listing.kind != "Lhotse recordings":
-        raise HarkenError(
-            f"--supervisions goes with a Lhotse recordings manifest, and {source} is: {listing.kind}"
-        )
+        raise HarkenError(f"--supervisions goes with a Lhotse recordings manifest, and {source} is: {listing.kind}")
     return replace(listing, entries=_unique(listing, source))
 
 
@@ -89,9 +87,7 @@ def _tsv(path: Path, root: Path | None) -> Listing:
             for number, line in enumerate(lines, start=2):
                 where, values = f"{path} line {number}", line.split("\t")
                 if len(values) != len(columns):
-                    raise HarkenError(
-                        f"{where} must have the header's {len(columns)} columns, got {len(values)}"
-                    )
+                    raise HarkenError(f"{where} must have the header's {len(columns)} columns, got {len(values)}")
                 filled = {name: value for name, value in zip(columns, values, strict=True) if value}
                 listing.entries.append(_row(filled, where, path.parent, root))
             return listing
@@ -137,9 +133,7 @@ def _row(row: Mapping[str, Any], where: str, folder: Path, root: Path | None) ->
     """Make an entry from named values: a line of a JSONL or of a TSV with a header."""
     audio = next((row[key] for key in PATH_KEYS if row.get(key)), None)
     if not isinstance(audio, str):
-        raise HarkenError(
-            f"{where} must name its audio file in one of {', '.join(PATH_KEYS)}, got {dict(row)}"
-        )
+        raise HarkenError(f"{where} must name its audio file in one of {', '.join(PATH_KEYS)}, got {dict(row)}")
     words: dict[str, str | None] = {}
     for key in ("id", "text", "speaker"):
         value = row.get(key)

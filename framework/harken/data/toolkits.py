@@ -35,9 +35,7 @@ def read_kaldi(folder: Path, root: Path | None) -> Listing:
     def entry(utterance: str, recording: str, **place: Any) -> Entry:
         text, speaker = known["text"].get(utterance), known["utt2spk"].get(utterance)
         path = files[recording].absolute()
-        return Entry(
-            id=utterance, path=path, named=True, recording=recording, text=text, speaker=speaker, **place
-        )
+        return Entry(id=utterance, path=path, named=True, recording=recording, text=text, speaker=speaker, **place)
 
     if not (folder / "segments").is_file():
         listing.entries = [entry(recording, recording) for recording in files]
@@ -46,9 +44,7 @@ def read_kaldi(folder: Path, root: Path | None) -> Listing:
         where = f"{folder}/segments line {number}"
         fields = rest.split()
         if len(fields) not in {3, 4} or not "".join(fields[3:] or "0").isdecimal():
-            raise HarkenError(
-                f"{where} must be `UTTERANCE RECORDING START END [CHANNEL]`, got `{utterance} {rest}`"
-            )
+            raise HarkenError(f"{where} must be `UTTERANCE RECORDING START END [CHANNEL]`, got `{utterance} {rest}`")
         place = dict(zip(("start", "end"), fields[1:3], strict=True))
         start, end = (seconds_of(place, key, where) or 0.0 for key in ("start", "end"))
         if fields[0] not in files:
@@ -61,23 +57,17 @@ def read_kaldi(folder: Path, root: Path | None) -> Listing:
     for name, table in known.items():
         lost = sorted(set(table) - {item.id for item in listing.entries})
         if lost:
-            listing.notes.append(
-                f"{len(lost)} lines of {name} belong to no utterance that is taken, first `{lost[0]}`"
-            )
+            listing.notes.append(f"{len(lost)} lines of {name} belong to no utterance that is taken, first `{lost[0]}`")
     return listing
 
 
-def read_lhotse(
-    path: Path, first: Mapping[str, Any], root: Path | None, supervisions: Path | None
-) -> Listing:
+def read_lhotse(path: Path, first: Mapping[str, Any], root: Path | None, supervisions: Path | None) -> Listing:
     """List cuts, or recordings with or without supervisions, through Lhotse's classes."""
     from lhotse import MonoCut, Recording, SupervisionSegment
     from lhotse.serialization import deserialize_item
 
     if "type" not in first and "sources" not in first:
-        raise HarkenError(
-            f"{path} holds Lhotse supervisions: scan its recordings, with `--supervisions {path}`"
-        )
+        raise HarkenError(f"{path} holds Lhotse supervisions: scan its recordings, with `--supervisions {path}`")
     listing = Listing(kind="Lhotse cuts" if "type" in first else "Lhotse recordings")
     if "type" in first:
         for cut in _deserialized(path, deserialize_item):
@@ -89,9 +79,7 @@ def read_lhotse(
         items = list(_deserialized(supervisions, SupervisionSegment.from_dict))
     for item in items:
         if item.recording_id not in recordings:
-            listing.refused.append(
-                (item.id, "", f"its recording `{item.recording_id}` is not in {path.name}")
-            )
+            listing.refused.append((item.id, "", f"its recording `{item.recording_id}` is not in {path.name}"))
             continue
         channel = item.channel if isinstance(item.channel, int) else item.channel[0]
         span = replace(item, start=0.0, channel=channel)

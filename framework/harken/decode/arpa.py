@@ -48,9 +48,7 @@ def load_arpa(path: str | Path) -> NGram:
     except (FileNotFoundError, IsADirectoryError):
         raise HarkenError(f"no n-gram model at {path}; expected an ARPA file") from None
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise HarkenError(
-            f"{path}, after line {reader.line}: {error}; expected an ARPA file in UTF-8"
-        ) from None
+        raise HarkenError(f"{path}, after line {reader.line}: {error}; expected an ARPA file in UTF-8") from None
 
 
 def _open(path: Path) -> TextIO:
@@ -100,9 +98,7 @@ class _Reader:
             line = next(lines, "the end of the file")
             fields = [part for part in line.replace("\t", " ").split(" ") if part]
             if len(fields) not in (order + 1, order + 2 if has_backoff else order + 1):
-                raise self._wrong(
-                    f"a log-probability and {order} words ({number} such lines in this section)", line
-                )
+                raise self._wrong(f"a log-probability and {order} words ({number} such lines in this section)", line)
             try:
                 log_prob = float(fields[0])
                 backoff = float(fields[order + 1]) if len(fields) > order + 1 else None
@@ -130,6 +126,4 @@ class _Reader:
 
     def _wrong(self, expected: str, found: str) -> HarkenError:
         where = f"{self.path}, line {self.line}"
-        return HarkenError(
-            f"{where}: expected {expected}, found `{found[:80]}`; not an ARPA file, or a cut one"
-        )
+        return HarkenError(f"{where}: expected {expected}, found `{found[:80]}`; not an ARPA file, or a cut one")

@@ -63,17 +63,13 @@ def discounts(counts: Counts) -> Discounts:
         return FALLBACK_DISCOUNTS
     share = one / (one + 2 * two)
     found = (1 - 2 * share * two / one, 2 - 3 * share * three / two, 3 - 4 * share * four / three)
-    return (
-        found if all(0 < value < limit for limit, value in enumerate(found, start=1)) else FALLBACK_DISCOUNTS
-    )
+    return found if all(0 < value < limit for limit, value in enumerate(found, start=1)) else FALLBACK_DISCOUNTS
 
 
 def _word_id(token: str, id_of: dict[str, int]) -> int:
     word = word_of(token)
     if word in (BEGIN, END):
-        raise HarkenError(
-            f"`{word}` marks the ends of sentences in an n-gram model and cannot be a token of a text"
-        )
+        raise HarkenError(f"`{word}` marks the ends of sentences in an n-gram model and cannot be a token of a text")
     return id_of.setdefault(word, len(id_of))
 
 
@@ -116,7 +112,5 @@ def _estimate(counts: Counts, discount: Discounts, contexts: dict[State, Context
 def _complete_unigrams(context: Context, words: range, uniform: float, *, begin: int) -> None:
     """Give every word that no text has its share of what the unigrams withhold; `<s>` is never predicted."""
     for word in words:
-        context.next.setdefault(
-            word, _BEGIN_LOG_PROB if word == begin else context.backoff + math.log(uniform)
-        )
+        context.next.setdefault(word, _BEGIN_LOG_PROB if word == begin else context.backoff + math.log(uniform))
     context.backoff = 0.0

@@ -39,9 +39,7 @@ def word_of(symbol: str) -> str:
     """
     word = symbol.replace("<space>", " ").replace(" ", SPACE)
     if word.split() != [word]:
-        raise HarkenError(
-            f"the token {symbol!r} cannot be a word of an n-gram model: it is empty or holds whitespace"
-        )
+        raise HarkenError(f"the token {symbol!r} cannot be a word of an n-gram model: it is empty or holds whitespace")
     return word
 
 

@@ -221,9 +221,7 @@ def _next_beam(
 ) -> _Beam:
     """Put together the prefixes that `stay` and those grown from `rows` by the tokens `grow`, log-sums `grown`."""
     parents = beam.numbers[rows]
-    fresh = [
-        prefixes.child(parent, label) for parent, label in zip(parents.tolist(), grow.tolist(), strict=True)
-    ]
+    fresh = [prefixes.child(parent, label) for parent, label in zip(parents.tolist(), grow.tolist(), strict=True)]
     gains = np.empty((stay.size + len(fresh), beam.gains.shape[1]))
     gains[: stay.size] = beam.gains[stay]
     for place, number in enumerate(fresh, start=stay.size):

@@ -51,9 +51,7 @@ class DecodeConfig:
         if self.beam < 1:
             raise HarkenError(f"`decode.beam` must be 1 or more, got {self.beam}")
         if self.token_top_k is not None and self.token_top_k < 1:
-            raise HarkenError(
-                f"`decode.token_top_k` must be 1 or more, or null for all tokens, got {self.token_top_k}"
-            )
+            raise HarkenError(f"`decode.token_top_k` must be 1 or more, or null for all tokens, got {self.token_top_k}")
         if self.token_min_log_prob is not None and not self.token_min_log_prob < 0:
             raise HarkenError(
                 f"`decode.token_min_log_prob` must be a log-probability below 0, got {self.token_min_log_prob}"
@@ -70,9 +68,7 @@ class DecodeConfig:
             )
 
 
-def make_search(
-    config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[str] | None = None
-) -> Search:
+def make_search(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[str] | None = None) -> Search:
     """Return the search: (log_probs (B, T, V) natural-log, lengths (B,) in frames) -> B lists of token ids.
 
     num_tokens is V, the blank included. symbols are the V names of the tokens by id (that of the blank is not used); an
@@ -82,9 +78,7 @@ def make_search(
     tokens. The search itself raises it for log-probabilities of another shape or with NaN in them.
     """
     if not 0 <= blank < num_tokens:
-        raise HarkenError(
-            f"the blank must be one of the {num_tokens} tokens (0 to {num_tokens - 1}), got {blank}"
-        )
+        raise HarkenError(f"the blank must be one of the {num_tokens} tokens (0 to {num_tokens - 1}), got {blank}")
     if symbols is not None and len(symbols) != num_tokens:
         raise HarkenError(f"expected a name for each of the {num_tokens} tokens, got {len(symbols)} names")
     if symbols is None and (config.ngram is not None or config.word_bonus):
@@ -92,15 +86,11 @@ def make_search(
             "`decode.ngram` and `decode.word_bonus` need the names of the tokens, and this model has none"
         )
     if config.method == "greedy":
-        return lambda log_probs, lengths: greedy_search(
-            _checked(log_probs, lengths, num_tokens), lengths, blank=blank
-        )
+        return lambda log_probs, lengths: greedy_search(_checked(log_probs, lengths, num_tokens), lengths, blank=blank)
     options = BeamOptions(
         blank=blank,
         beam=config.beam,
-        scorer=None
-        if config.ngram is None
-        else NGramScorer(load_arpa(config.ngram), symbols or (), blank=blank),
+        scorer=None if config.ngram is None else NGramScorer(load_arpa(config.ngram), symbols or (), blank=blank),
         scorer_weight=config.ngram_weight,
         bonus=_bonus(config, num_tokens, blank, symbols or ()),
         token_top_k=config.token_top_k,
@@ -110,9 +100,7 @@ def make_search(
     def search(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
         frames = _checked(log_probs, lengths, num_tokens).detach().to("cpu", torch.float64).numpy()
         ends = lengths.tolist()
-        return [
-            prefix_beam_search(one[:end], options)[0].tokens for one, end in zip(frames, ends, strict=True)
-        ]
+        return [prefix_beam_search(one[:end], options)[0].tokens for one, end in zip(frames, ends, strict=True)]
 
     return search
 
@@ -132,9 +120,7 @@ def _checked(log_probs: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
             f"{tuple(lengths.shape)}"
         )
     if lengths.numel() and int(lengths.max()) > log_probs.shape[1]:
-        raise HarkenError(
-            f"a length of {int(lengths.max())} frames is more than the {log_probs.shape[1]} there are"
-        )
+        raise HarkenError(f"a length of {int(lengths.max())} frames is more than the {log_probs.shape[1]} there are")
     inside = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths.to(log_probs.device)[:, None]
     broken = (log_probs.isnan().any(dim=2) & inside).any(dim=1)
     if bool(broken.any()):

@@ -58,9 +58,7 @@ def read_hypotheses(path: str | Path) -> list[Utterance]:
         line_of[utterance.id] = number
         utterances.append(utterance)
     if not utterances:
-        raise HarkenError(
-            f"{path} has no utterances; expected one JSON object a line, as `harken decode` writes them"
-        )
+        raise HarkenError(f"{path} has no utterances; expected one JSON object a line, as `harken decode` writes them")
     return utterances
 
 
@@ -70,15 +68,11 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise HarkenError(f"no hypothesis file at {path}; `harken decode` writes one") from None
     except IsADirectoryError:
-        raise HarkenError(
-            f"{path} is a folder; expected one hypothesis file (JSONL) in it, name that"
-        ) from None
+        raise HarkenError(f"{path} is a folder; expected one hypothesis file (JSONL) in it, name that") from None
     except PermissionError:
         raise HarkenError(f"{path} cannot be read: permission denied") from None
     except UnicodeDecodeError as error:
-        raise HarkenError(
-            f"{path} is not UTF-8 (byte {error.start}); expected a hypothesis file (JSONL)"
-        ) from None
+        raise HarkenError(f"{path} is not UTF-8 (byte {error.start}); expected a hypothesis file (JSONL)") from None
 
 
 def _parse(line: str, where: str) -> Utterance:
@@ -97,12 +91,8 @@ def _parse(line: str, where: str) -> Utterance:
         if not isinstance(value[key], str):
             raise HarkenError(f"{where}: `{key}` must be text, got {json.dumps(value[key])}")
     seconds = value["seconds"]
-    if (
-        type(seconds) not in (int, float) or not math.isfinite(seconds) or seconds < 0
-    ):  # a bool is an int to isinstance
-        raise HarkenError(
-            f"{where}: `seconds` must be a number of seconds, 0 or more, got {json.dumps(seconds)}"
-        )
+    if type(seconds) not in (int, float) or not math.isfinite(seconds) or seconds < 0:  # a bool is an int to isinstance
+        raise HarkenError(f"{where}: `seconds` must be a number of seconds, 0 or more, got {json.dumps(seconds)}")
     return Utterance(
         id=value["id"], speaker=value["speaker"], ref=value["ref"], hyp=value["hyp"], seconds=float(seconds)
     )

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 from harken.evaluate.wer import Errors, Op, Score, UtteranceScore
 
-SPEAKER_NOTE = (
-    "A speaker is the label in the manifest; for the characters of a game, one actor may play several."
-)
+SPEAKER_NOTE = "A speaker is the label in the manifest; for the characters of a game, one actor may play several."
 # Below this a speaker's rate says more about the few words than about the speaker.
 MIN_SPEAKER_WORDS = 20
 _MARKS = {"ok": "", "sub": "S", "ins": "I", "del": "D"}

@@ -112,8 +112,7 @@ def characters(text: str) -> list[str]:
 def align(reference: Sequence[str], hypothesis: Sequence[str]) -> tuple[Op, ...]:
     """Align two token sequences with the fewest errors (Levenshtein distance, all costs 1)."""
     return tuple(
-        Op(_kind(ref, hyp), ref, hyp)
-        for ref, hyp in kaldialign.align(list(reference), list(hypothesis), _GAP)
+        Op(_kind(ref, hyp), ref, hyp) for ref, hyp in kaldialign.align(list(reference), list(hypothesis), _GAP)
     )
 
 
@@ -163,9 +162,7 @@ def bootstrap(errors: Sequence[Errors], *, resamples: int = 1000, seed: int = 0)
     if not counts[:, 1].any():
         return math.nan, math.nan
     generator = np.random.default_rng(seed)
-    sums = np.array(
-        [counts[generator.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(resamples)]
-    )
+    sums = np.array([counts[generator.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(resamples)])
     sums = sums[sums[:, 1] > 0]
     if not len(sums):
         return math.nan, math.nan

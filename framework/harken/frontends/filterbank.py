@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,11 @@ class FilterbankConfig(SlotConfig):
     channels: int = 256
     subsampling: int = 4
     """Frames of 10 ms that one output frame stands for: 2 or 4 (Fast-HuBERT, arXiv 2309.13860, uses 4)."""
+    convolution: Literal["time", "time_frequency"] = "time"
+    """Subsample by convolutions over time with the bands as channels, or over time and frequency and then project
+    (the front of Deep Speech 2, arXiv 1512.02595, and of most recognisers since)."""
+    maps: int = 32
+    """Feature maps of `time_frequency`."""
     normalize: bool = True
     """Give each band of each utterance zero mean and unit variance."""
 
@@ -87,9 +94,74 @@ def mel_matrix(config: FilterbankConfig, fft: int) -> Tensor:
     return torch.minimum(rise, fall).clamp(min=0).float()
 
 
+class TimeSubsampling(nn.Module):
+    """Convolutions over time, the bands as channels, GELU after each."""
+
+    def __init__(self, config: FilterbankConfig, strides: list[int]) -> None:
+        super().__init__()
+        widths = [config.bands, *[config.channels] * len(strides)]
+        self.layers = nn.ModuleList(
+            nn.Conv1d(a, b, kernel_of(stride), stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, T, bands)` to `(B, T', channels)`."""
+        x = x.transpose(1, 2)
+        for layer in self.layers:
+            x = functional.gelu(layer(x))
+        return x.transpose(1, 2)
+
+    def flops(self, frames: int) -> float:
+        """Count the convolutions over `frames` of 10 ms."""
+        total = 0.0
+        for layer in cast("Iterable[nn.Conv1d]", self.layers):
+            frames = max(0, (frames - layer.kernel_size[0]) // layer.stride[0] + 1)
+            total += 2.0 * frames * layer.weight.numel()
+        return total
+
+
+class TimeFrequencySubsampling(nn.Module):
+    """Convolutions over time and frequency with GELU, then a projection of all maps and bands."""
+
+    def __init__(self, config: FilterbankConfig, strides: list[int]) -> None:
+        super().__init__()
+        self.bands = config.bands
+        widths = [1, *[config.maps] * len(strides)]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(a, b, (kernel_of(stride), 3), (stride, 2))
+            for a, b, stride in zip(widths, widths[1:], strides, strict=False)
+        )
+        bands = config.bands
+        for _ in strides:
+            bands = (bands - 3) // 2 + 1
+        self.project = nn.Linear(config.maps * bands, config.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, T, bands)` to `(B, T', channels)`."""
+        x = x[:, None]
+        for layer in self.layers:
+            x = functional.gelu(layer(x))
+        projected: Tensor = self.project(x.transpose(1, 2).flatten(2))
+        return projected
+
+    def flops(self, frames: int) -> float:
+        """Count the convolutions and the projection over `frames` of 10 ms."""
+        total, bands = 0.0, self.bands
+        for layer in cast("Iterable[nn.Conv2d]", self.layers):
+            frames = max(0, (frames - layer.kernel_size[0]) // layer.stride[0] + 1)
+            bands = (bands - 3) // 2 + 1
+            total += 2.0 * frames * bands * layer.weight.numel()
+        return total + 2.0 * frames * self.project.weight.numel()
+
+
+def kernel_of(stride: int) -> int:
+    """Return the kernel that goes with a stride: 3 where it subsamples, 1 where it only maps."""
+    return 3 if stride == 2 else 1
+
+
 @register("frontend", FilterbankConfig)
 class Filterbank(Frontend):
-    """Log-mel bands, normalised over each utterance, then strided convolutions over time with GELU."""
+    """Log-mel bands, normalised over each utterance, then strided convolutions."""
 
     def __init__(self, config: FilterbankConfig) -> None:
         super().__init__()
@@ -97,14 +169,11 @@ class Filterbank(Frontend):
         self.bands = config.bands
         self.dim = config.channels
         self.log_mel = LogMel(config)
-        convolutions = int(math.log2(config.subsampling))
-        windows = (Window(self.log_mel.size, self.log_mel.hop), *[Window(3, 2)] * convolutions)
+        strides = [2] * int(math.log2(config.subsampling)) or [1]
+        windows = (Window(self.log_mel.size, self.log_mel.hop), *(Window(kernel_of(s), s) for s in strides))
         self.spec = FrameSpec(windows, config.sample_rate)
-        widths = [config.bands] + [config.channels] * max(convolutions, 1)
-        strides = [2] * convolutions or [1]
-        self.convolutions = nn.ModuleList(
-            nn.Conv1d(a, b, 3 if stride == 2 else 1, stride)
-            for a, b, stride in zip(widths, widths[1:], strides, strict=False)
+        self.subsampling: TimeSubsampling | TimeFrequencySubsampling = (
+            TimeSubsampling(config, strides) if config.convolution == "time" else TimeFrequencySubsampling(config, strides)
         )
 
     def forward(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -115,19 +184,9 @@ class Filterbank(Frontend):
             x = normalise_over_time(x, count if bool((count < x.shape[1]).any()) else None)
         if band_mask is not None:
             x = x.masked_fill(band_mask[:, None, :], 0.0)
-        x = x.transpose(1, 2)
-        for convolution in self.convolutions:
-            x = functional.gelu(convolution(x))
-        return x.transpose(1, 2), self.spec.num_frames(lengths)
+        return self.subsampling(x), self.spec.num_frames(lengths)
 
     def flops(self, samples: int) -> float:
         """Count the mel product and the convolutions; see `Frontend`."""
-        first, *rest = self.spec.windows
-        length = FrameSpec((first,), self.spec.sample_rate).num_frames(samples)
-        total = 2.0 * length * self.log_mel.mel.numel()
-        channels = self.config.bands
-        for window in rest or [Window(1, 1)]:
-            length = FrameSpec((window,), self.spec.sample_rate).num_frames(length)
-            total += 2.0 * length * window.kernel * channels * self.dim
-            channels = self.dim
-        return total
+        frames = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(samples)
+        return 2.0 * frames * self.log_mel.mel.numel() + self.subsampling.flops(frames)

@@ -141,9 +141,7 @@ def convert_weights(model: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         else:
             unknown.append(name)
     if unknown:
-        raise HarkenError(
-            f"harken's HuBERT has no place for these weights of {path}: {', '.join(unknown[:5])}"
-        )
+        raise HarkenError(f"harken's HuBERT has no place for these weights of {path}: {', '.join(unknown[:5])}")
     for name, part in parts.items():
         if len(part) != len("qkv"):
             raise HarkenError(f"{path} has {', '.join(sorted(part))} of `{name}`, expected q, k and v")
@@ -168,9 +166,7 @@ def _symbols(state: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 def _classes(weights: Mapping[str, Tensor], symbols: tuple[tuple[str, ...], ...], path: Path) -> list[int]:
     embeddings = weights.get("codes.embeddings")
     if embeddings is None:
-        raise HarkenError(
-            f"{path} has no `label_embs_concat`: the head of HuBERT's pretraining was removed from it"
-        )
+        raise HarkenError(f"{path} has no `label_embs_concat`: the head of HuBERT's pretraining was removed from it")
     classes = [len(unit) for unit in symbols] or [len(embeddings)]
     if sum(classes) != len(embeddings):
         raise HarkenError(f"{path} embeds {len(embeddings)} classes, and its dictionaries have {classes}")

@@ -52,9 +52,7 @@ def read_options(state: Mapping[str, Any], path: Path) -> dict[str, Options]:
     elif isinstance(args, Mapping):
         groups = dict.fromkeys(GROUPS, args)
     else:
-        raise HarkenError(
-            f"{path} has neither `cfg` nor `args`: it does not say which model its weights are of"
-        )
+        raise HarkenError(f"{path} has neither `cfg` nor `args`: it does not say which model its weights are of")
     return {name: _given(group) for name, group in groups.items()}
 
 

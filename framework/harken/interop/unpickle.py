@@ -184,9 +184,7 @@ def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:
         )
     prefix = pickles[0].removesuffix("data.pkl")
     if f"{prefix}constants.pkl" in names:
-        raise HarkenError(
-            f"{path} is a TorchScript program, not a checkpoint: give the file it was exported from"
-        )
+        raise HarkenError(f"{path} is a TorchScript program, not a checkpoint: give the file it was exported from")
     if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
         raise HarkenError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
     with archive.open(f"{prefix}data.pkl") as stream:
@@ -206,9 +204,7 @@ def _other_format(path: Path, head: bytes) -> str:
             "its author, convert it where the toolkit that wrote it is installed: `torch.save(torch.load(OLD, "
             "map_location='cpu', weights_only=False), NEW)` (this runs code that the file holds), and import NEW"
         )
-    return (
-        f"{path} is no torch checkpoint: expected a zip file written by `torch.save`, it begins with {head!r}"
-    )
+    return f"{path} is no torch checkpoint: expected a zip file written by `torch.save`, it begins with {head!r}"
 
 
 def plain(value: Any) -> Any:

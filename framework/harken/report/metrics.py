@@ -139,3 +139,17 @@ def smooth(values: Floats, width: int) -> Floats:
     sums = np.convolve(np.where(finite, values, 0.0), window, mode="same")
     counts = np.convolve(finite.astype(np.float64), window, mode="same")
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def thin(curve: Curve, most: int = 1500) -> Curve:
+    """Return a curve of at most about `most` points: the lowest and the highest of each of equal groups."""
+    size = len(curve.values)
+    if size <= most:
+        return curve
+    kept: set[int] = set()
+    for group in np.array_split(np.arange(size), most // 2):
+        values = curve.values[group]
+        if np.isfinite(values).any():
+            kept |= {int(group[np.nanargmin(values)]), int(group[np.nanargmax(values)])}
+    places = sorted(kept)
+    return Curve(curve.hours[places], curve.values[places])

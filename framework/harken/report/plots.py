@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from harken.report.collect import Run, Store
-from harken.report.metrics import Floats, Metrics, smooth
+from harken.report.metrics import Curve, Floats, Metrics, smooth, thin
 from harken.report.svg import SERIES, WIDTH, page_style, to_svg
 
 if TYPE_CHECKING:
@@ -180,9 +180,11 @@ def _line(
     """Draw a curve: as logged, faint, and its running mean over about a 25th of it."""
     width = max(1, len(values) // 25) | 1 if smoothed else 1
     if width > 1:
-        ax.plot(hours, values, color=color, alpha=0.25, linewidth=0.8)
+        raw = thin(Curve(hours, values))
+        ax.plot(raw.hours, raw.values, color=color, alpha=0.25, linewidth=0.8)
+    mean = thin(Curve(hours, smooth(values, width)))
     marker = "o" if len(values) == 1 else None
-    ax.plot(hours, smooth(values, width), color=color, label=label, linestyle=style, marker=marker, markersize=3.5)
+    ax.plot(mean.hours, mean.values, color=color, label=label, linestyle=style, marker=marker, markersize=3.5)
 
 
 def _label(ax: Axes, label: str) -> None:

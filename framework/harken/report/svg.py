@@ -77,6 +77,8 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     body = re.sub(r" xmlns(:\w+)?=\"[^\"]*\"", "", body)
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    # hundredths of a point are finer than a screen; matplotlib writes millionths
+    body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path.group()), body)
     for color, variable in _VARIABLES.items():
         body = body.replace(color, variable)
     return f'<svg role="img" aria-label="{escape(description)}" {box.group() if box else ""}>{body}'

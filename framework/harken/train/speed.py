@@ -67,7 +67,7 @@ class Speedometer:
         self.flops += flops
 
     def read(self) -> dict[str, float]:
-        """Return the interval's figures over all ranks and start anew; time for validating and saving is not in them."""
+        """Return the interval's figures over all ranks and start anew; validating and saving are not in them."""
         now = time.perf_counter()
         elapsed = max(now - self.started - self.excluded, 1e-9)
         real, padded, flops, waited = distributed.sum_over_ranks([self.real, self.padded, self.flops, self.waited])
