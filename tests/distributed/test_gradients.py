@@ -78,7 +78,8 @@ def test_gradients_do_not_depend_on_the_number_of_processes(steps, case: str, ze
         }
         worst = max(each, key=lambda name: each[name])
         print(
-            f"{case} ZeRO {zero_stage}, 1 x 8 against {world} x {8 // world}: {error:.1e}, worst {worst} {each[worst]:.1e}"
+            f"{case} ZeRO {zero_stage}, 1 x 8 against {world} x {8 // world}: {error:.1e}, "
+            f"worst {worst} {each[worst]:.1e}"
         )
         assert error < 1e-5
         assert each[worst] < 1e-5, worst

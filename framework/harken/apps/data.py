@@ -112,7 +112,9 @@ def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: the cores that are free to use)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: one a core; one in all for a few files)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -129,13 +131,12 @@ def run(args: argparse.Namespace) -> int:
 
 def run_scan(args: argparse.Namespace) -> int:
     """Write the manifest; what could not be read is named and does not fail the scan."""
-    from harken.data.parallel import default_jobs
     from harken.data.scan import scan
 
     result = scan(
         args.source,
         args.out,
-        jobs=args.jobs or default_jobs(),
+        jobs=args.jobs,
         text=args.text,
         supervisions=args.supervisions,
         root=args.root,
@@ -163,14 +164,13 @@ def run_index(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Decode every cut; status 1 when there are problems."""
-    from harken.data.parallel import default_jobs
     from harken.data.verify import check_clean, verify, write_clean, write_list
 
     if args.clean is not None:
         check_clean(args.manifest, args.clean)
     result = verify(
         args.manifest,
-        jobs=args.jobs or default_jobs(),
+        jobs=args.jobs,
         sample_rate=args.sample_rate,
         max_clipped=args.max_clipped,
     )

@@ -18,20 +18,26 @@ from harken.core.errors import HarkenError
 T = TypeVar("T")
 R = TypeVar("R")
 
+WORTH_PROCESSES = 32
+"""Items from which on several processes are started unasked: it takes seconds until they have imported Lhotse."""
 
-def in_parallel(work: Callable[[T], R], items: Sequence[T], *, jobs: int, what: str) -> Iterator[R]:
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T], *, jobs: int | None, what: str) -> Iterator[R]:
     """Yield `work(item)` for each item, in order, from `jobs` processes, with progress on stderr.
 
+    jobs: processes; None takes a process for each core, or this one where there is little to do.
     `work` is a function of a module, so that a new process finds it.
     Raises HarkenError when a process dies.
     """
+    if jobs is None:
+        jobs = default_jobs() if len(items) >= WORTH_PROCESSES else 1
     jobs = max(1, min(jobs, len(items)))
     results = map(work, items) if jobs == 1 else _from_processes(work, items, jobs, what)
     yield from with_progress(results, len(items), what)
 
 
 def _from_processes(work: Callable[[T], R], items: Sequence[T], jobs: int, what: str) -> Iterator[R]:
-    size = max(1, min(64, len(items) // (4 * jobs)))
+    size = max(1, min(64, len(items) // (16 * jobs)))
     starts = iter(range(0, len(items), size))
     # a server without threads forks the workers: safe beside torch, and Lhotse is imported once
     context = multiprocessing.get_context("forkserver")

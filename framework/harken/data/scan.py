@@ -52,7 +52,7 @@ def scan(
     source: Path,
     out: Path,
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
     text: str | None = None,
     supervisions: Path | None = None,
     root: Path | None = None,
@@ -60,7 +60,7 @@ def scan(
 ) -> Scanned:
     """Write the manifest `out` of what `source` lists, its index, and `OUT.quarantine.tsv`.
 
-    text: see `add_texts`. supervisions, root: see `read_source`.
+    jobs: see `in_parallel`. text: see `add_texts`. supervisions, root: see `read_source`.
     each_channel: one cut for each channel of a file, instead of its first channel alone.
     Raises HarkenError when the source cannot be understood or none of its audio can be read; `out` is left as it was.
     """
@@ -87,17 +87,13 @@ def scan(
         write_quarantine(quarantine, ("id", "path", "reason"), result.refused)
         if not result.cuts:
             first = ": ".join(result.refused[0][1:]) if result.refused else "it lists none"
-            raise HarkenError(
-                f"none of the utterances of {source} can be read; the first: {first} (all: {quarantine})"
-            )
+            raise HarkenError(f"none of the utterances of {source} can be read; the first: {first} (all: {quarantine})")
     build_index(out)
     result.notes += _header_notes(listing, headers, each_channel=each_channel)
     return result
 
 
-def _header_notes(
-    listing: Listing, headers: Mapping[Path, Header | str], *, each_channel: bool
-) -> Iterator[str]:
+def _header_notes(listing: Listing, headers: Mapping[Path, Header | str], *, each_channel: bool) -> Iterator[str]:
     """Yield what the headers say and the source does not."""
     other_length, several = [], {}
     for entry in listing.entries:
@@ -189,9 +185,7 @@ def _span(offset: float, duration: float | None, header: Header) -> tuple[float,
     """Return start and duration in seconds of what a source states, or of the whole file."""
     total = header.samples / header.rate
     if not 0 <= offset < total or (duration is not None and not duration > 0):
-        raise RefusedError(
-            f"the source states {offset:g} s and a duration of {duration} s, the file has {total:.3f} s"
-        )
+        raise RefusedError(f"the source states {offset:g} s and a duration of {duration} s, the file has {total:.3f} s")
     if duration is None or (offset == 0 and abs(duration - total) <= TOLERANCE_SECONDS):
         return offset, total - offset
     if offset + duration > total + TOLERANCE_SECONDS:
@@ -213,6 +207,4 @@ def _checked(cut: MonoCut, header: Header) -> MonoCut:
 def write_quarantine(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a TSV with a header line; it is written when there is nothing to list, too, so that none is stale."""
     lines = [header, *rows]
-    write_text_atomic(
-        path, "".join("\t".join(" ".join(item.split()) for item in line) + "\n" for line in lines)
-    )
+    write_text_atomic(path, "".join("\t".join(" ".join(item.split()) for item in line) + "\n" for line in lines))

@@ -230,8 +230,7 @@ def render(stats: Stats, *, width: int = 40, unicode: bool = True) -> str:
     lines = [
         f"{stats.path}: {stats.cuts} cuts, {d.hours:.2f} h",
         f"  seconds     min {d.min:.2f}  median {d.median:.2f}  mean {d.mean:.2f}  p90 {d.p90:.2f}  max {d.max:.2f}",
-        "  rates       "
-        + (", ".join(f"{count} at {rate} Hz" for rate, count in stats.sample_rates.items()) or "none"),
+        "  rates       " + (", ".join(f"{count} at {rate} Hz" for rate, count in stats.sample_rates.items()) or "none"),
         f"  speakers    {_speakers(stats)}",
         f"  texts       {_texts(stats)}",
         f"  plan        {_batches(stats.batches)}",
@@ -242,9 +241,7 @@ def render(stats: Stats, *, width: int = 40, unicode: bool = True) -> str:
     names = [f"{low:.{places}f}-{high:.{places}f} s" for low, high, _, _ in d.bins]
     left = max(map(len, names))
     for name, (_, _, count, hours) in zip(names, d.bins, strict=True):
-        lines.append(
-            f"  {name:>{left}} {bar(count / most, width, unicode=unicode):{width}} {count:>8} {hours:>9.2f} h"
-        )
+        lines.append(f"  {name:>{left}} {bar(count / most, width, unicode=unicode):{width}} {count:>8} {hours:>9.2f} h")
     return "\n".join(lines)
 
 

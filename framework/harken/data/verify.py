@@ -115,10 +115,11 @@ class Verified:
         return "\n".join(lines)
 
 
-def verify(path: Path, *, jobs: int = 1, sample_rate: int = 16000, max_clipped: float = 0.01) -> Verified:
+def verify(path: Path, *, jobs: int | None = None, sample_rate: int = 16000, max_clipped: float = 0.01) -> Verified:
     """Decode every cut of a manifest and return what was found.
 
-    sample_rate: of training, in Hz; another is noted. max_clipped: share of samples at full scale that is allowed.
+    jobs: see `in_parallel`. sample_rate: of training, in Hz; another is noted. max_clipped: share of samples at full
+    scale that is allowed.
     Raises HarkenError when the manifest cannot be opened.
     """
     manifest, result = Manifest(path), Verified(path=path)
@@ -147,9 +148,7 @@ def write_clean(result: Verified, out: Path) -> None:
     """
     check_clean(result.path, out)
     if not result.sound:
-        raise HarkenError(
-            f"--clean: none of {result.cuts} cuts of {result.path} is sound, so nothing is written"
-        )
+        raise HarkenError(f"--clean: none of {result.cuts} cuts of {result.path} is sound, so nothing is written")
     offsets = Manifest(result.path).offsets
     with atomic_path(out) as temporary, result.path.open("rb") as source, temporary.open("wb") as stream:
         for place in result.sound:
@@ -184,7 +183,7 @@ def examine(cut: Cut, *, sample_rate: int = 16000, max_clipped: float = 0.01) ->
         yield Finding("unreadable", reason(error, Path(source.source)) if source else str(error))
         return
     if not audio.size:
-        yield Finding("empty", "no samples")
+        yield Finding("empty", f"no samples from {cut.start:g} s on" if cut.start else "no samples")
         return
     if rate != cut.sampling_rate:
         yield Finding("header", f"the manifest states {cut.sampling_rate} Hz, the file has {rate} Hz")

@@ -101,7 +101,8 @@ class TimeSubsampling(nn.Module):
         super().__init__()
         widths = [config.bands, *[config.channels] * len(strides)]
         self.layers = nn.ModuleList(
-            nn.Conv1d(a, b, kernel_of(stride), stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)
+            nn.Conv1d(a, b, kernel_of(stride), stride)
+            for a, b, stride in zip(widths, widths[1:], strides, strict=False)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +174,9 @@ class Filterbank(Frontend):
         windows = (Window(self.log_mel.size, self.log_mel.hop), *(Window(kernel_of(s), s) for s in strides))
         self.spec = FrameSpec(windows, config.sample_rate)
         self.subsampling: TimeSubsampling | TimeFrequencySubsampling = (
-            TimeSubsampling(config, strides) if config.convolution == "time" else TimeFrequencySubsampling(config, strides)
+            TimeSubsampling(config, strides)
+            if config.convolution == "time"
+            else TimeFrequencySubsampling(config, strides)
         )
 
     def forward(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

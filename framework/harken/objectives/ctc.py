@@ -44,7 +44,7 @@ class CtcConfig(SlotConfig):
     dropout: float = 0.0
     """Before the linear head; fairseq `final_dropout`."""
     head_upsampling: int = 1
-    """Outputs for each encoder frame. Fast speech has more characters than 40 ms frames; 2 gives each frame two places."""
+    """Outputs for each encoder frame. Fast speech has more characters than 40 ms frames; 2 gives each two places."""
     freeze_steps: int = 0
     """Steps in which only the head is trained; fairseq `freeze_finetune_updates`: 10000 for 1 h, 0 for 100 h."""
     freeze_frontend: bool = True
@@ -163,7 +163,10 @@ class Ctc(Objective):
         return CtcPrepare(spec, cast(CtcConfig, config.objective), dim, bands, train)
 
     def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return log probabilities `(B, T * head_upsampling, V)` in float32 and their lengths `(B,)`, with the batch's masks applied."""
+        """Return log probabilities `(B, T * head_upsampling, V)` in float32 and their lengths `(B,)`.
+
+        The batch's masks are applied.
+        """
         _, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, batch.targets)
         encoded = self.backbone.encoder.encode(x, lengths)
         logits = self.head(self.dropout(encoded.last)).float()

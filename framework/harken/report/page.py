@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from harken import __version__
 from harken.core.files import write_text_atomic
@@ -45,7 +46,7 @@ def render(experiment: Experiment, views: Sequence[View] = (), how_chosen: str =
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, wall=wall, number=number, clock=clock)
+    environment.filters.update(percent=percent, wall=wall, number=number, clock=clock, marked=marked)
     logged = [run for run in experiment.runs if run.metrics.train]
     return environment.get_template("page.html").render(
         experiment=experiment,
@@ -157,6 +158,11 @@ def wall(seconds: float | None) -> str:
         return f"{seconds / 60:.1f} min"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def marked(text: str) -> Markup:
+    """Return a text with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 (escaped just before)
 
 
 def clock(seconds: float) -> str:
