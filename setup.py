@@ -40,6 +40,7 @@ INSTALL_REQUIRES = [
     "kaldialign",
     "kaldi-native-fbank",
     "sentencepiece",
+    "jinja2",
     "matplotlib",
     "psutil",
     "webdataset",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import inspect
 import re
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +21,7 @@ sys.path.insert(0, str(ROOT / "framework"))
 
 from harken.config.registry import SLOTS, available, find  # noqa: E402
 from harken.config.schema import RunConfig  # noqa: E402
+from harken.core.errors import HarkenError  # noqa: E402
 
 PAGE = ROOT / "docs/configuration.md"
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"
@@ -52,12 +55,18 @@ def settings() -> str:
     sections = ["### seed and sections\n\n" + table(RunConfig, "")]
     for field in dataclasses.fields(RunConfig):
         if field.name in SLOTS:
-            for name in available(field.name):
-                part = find(field.name, name).config
+            for name, part in parts(field.name):
                 sections.append(section(f"{field.name}.name: {name}", part, field.name))
         elif dataclasses.is_dataclass(hints[field.name]):
             sections.append(section(field.name, hints[field.name], field.name))
     return "\n\n".join(sections)
+
+
+def parts(slot: str) -> Iterator[tuple[str, type]]:
+    """Yield name and configuration of each part of a slot; a module of the folder that registers none is passed over."""
+    for name in available(slot):
+        with contextlib.suppress(HarkenError):
+            yield name, find(slot, name).config
 
 
 def section(title: str, cls: type, path: str) -> str:

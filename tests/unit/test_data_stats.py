@@ -1,4 +1,4 @@
-"""`harken data stats` and `harken data tokens`: numbers counted by hand, a histogram that holds every cut, tokenizers."""
+"""`harken data stats` and `tokens`: numbers counted by hand, a histogram that holds every cut, tokenizers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_numbers_are_those_counted_by_hand(manifest: Path) -> None:
     assert texts.words_a_second == pytest.approx(13 / 13)
     assert texts.characters_a_second == pytest.approx(48 / 13)
     assert texts.fastest == ("u0", 11.0)
-    # of the cuts of 1, 2 and 3 s, 2 + 3 share a batch of 6 s or 1 + 2 + 3 do not fit: 9 s padded
+    # the cuts of 1, 2 and 3 s would be 9 s padded in one batch of 6 s
     plan = stats.batches
     assert plan is not None
     assert (plan.too_long, plan.micro_batches) == (1, 2)
@@ -99,7 +99,8 @@ def test_every_cut_is_in_one_bin_and_the_bins_are_few(seconds: list[float]) -> N
     assert sum(hours for *_, hours in described.bins) == pytest.approx(values.sum(dtype=np.float64) / 3600)
     assert 1 <= len(described.bins) <= 22
     for low, high, count, _ in described.bins[:-1]:
-        assert count == ((values >= low) & (values < high)).sum()
+        exact = np.round(values.astype(np.float64), 4)
+        assert count == ((exact >= low) & (exact < high)).sum()
     lows = [low for low, *_ in described.bins]
     assert lows == sorted(lows)
     assert lows[0] <= described.min
@@ -136,7 +137,8 @@ def test_what_is_printed_and_written(manifest: Path, tmp_path: Path, capsys) -> 
     written = json.loads(out.read_text("utf-8"))
     assert [item["cuts"] for item in written] == [4, 1]
     assert written[1]["texts"] is None
-    assert written == [describe(Manifest(path), max_seconds=6.0).to_json() for path in (manifest, other)] or True
+    assert written[0]["texts"]["fastest"] == ["u0", 11.0]
+    assert written[0]["durations"]["bins"][0] == [1.0, 1.5, 1, pytest.approx(1 / 3600)]
 
 
 def test_a_terminal_without_unicode_gets_ascii(manifest: Path) -> None:
@@ -245,5 +247,5 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\xff\xfe junk")
         with pytest.raises(HarkenError, match=message):
             load_tokenizer(tmp_path / name)
-    with pytest.raises(HarkenError, match="no tokenizer at .*harken data tokens"):
+    with pytest.raises(HarkenError, match=r"no tokenizer at .*harken data tokens"):
         load_tokenizer(tmp_path / "none.txt")

@@ -114,8 +114,9 @@ def describe(manifest: Manifest, *, max_seconds: float = 60.0, buckets: int = 30
 def durations(seconds: NDArray[np.float32]) -> Durations:
     """Describe durations `(N,)` in seconds, N > 0."""
     exact = seconds.astype(np.float64)
-    edges = bin_edges(exact)
-    place = np.clip(np.searchsorted(edges, exact, side="right") - 1, 0, len(edges) - 2)
+    rounded = np.round(exact, 4)  # stored in single precision: 14.2 s would fall below 14.2
+    edges = bin_edges(rounded)
+    place = np.clip(np.searchsorted(edges, rounded, side="right") - 1, 0, len(edges) - 2)
     counts = np.bincount(place, minlength=len(edges) - 1)
     hours = np.bincount(place, weights=exact, minlength=len(edges) - 1) / 3600
     rows = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), hours.tolist(), strict=True)
@@ -137,7 +138,7 @@ def bin_edges(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(top / step - 1e-9)
-    edges = np.asarray(step * np.arange(first, max(last, first + 1) + 1), dtype=np.float64)
+    edges = np.round(step * np.arange(first, max(last, first + 1) + 1, dtype=np.float64), 4)
     longest = float(seconds.max())
     if longest > edges[-1]:
         edges = np.append(edges, longest)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from harken.config.load import from_dict
@@ -35,6 +34,7 @@ from harken.interop.fairseq_options import (
     read_options,
     training_config,
 )
+from harken.interop.names import rename_weights
 from harken.interop.unpickle import Record, plain, read_checkpoint
 
 _PART = r"(weight|bias)"
@@ -126,34 +126,7 @@ def convert_weights(model: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
     Raises HarkenError for weights that harken's model has no place for.
     """
-    weights: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for name, value in model.items():
-        if not isinstance(value, Tensor):
-            raise HarkenError(f"`{name}` in {path} must be a tensor, found {value!r}")
-        tensor = value.detach().to(torch.float32, copy=True).contiguous()
-        if found := QUERY_KEY_VALUE.fullmatch(name):
-            block, which, kind = found.groups()
-            parts.setdefault(f"backbone.encoder.blocks.{block}.attention.qkv.{kind}", {})[which] = tensor
-        elif new := _new_name(name):
-            weights[new] = tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        raise HarkenError(f"harken's HuBERT has no place for these weights of {path}: {', '.join(unknown[:5])}")
-    for name, part in parts.items():
-        if len(part) != len("qkv"):
-            raise HarkenError(f"{path} has {', '.join(sorted(part))} of `{name}`, expected q, k and v")
-        weights[name] = torch.cat([part[which] for which in "qkv"])
-    return weights
-
-
-def _new_name(name: str) -> str | None:
-    for pattern, template in NAMES:
-        if found := re.fullmatch(pattern, name):
-            return found.expand(template)
-    return None
+    return rename_weights(model, NAMES, QUERY_KEY_VALUE, path)
 
 
 def _symbols(state: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
