@@ -92,7 +92,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         spent = statistics.mean(row["train_seconds"] for row in group) / 60
         lines.append(f"| {minutes} min | {STARTS[start]} | {' | '.join(figures)} | {len(group)} | {spent:.1f} |")
     first = rows[0]
-    lines += ["", f"Made by `{first['command']}` on {first['machine']}, commit {first['commit']}; one JSON a row in `results/`."]
+    lines += [
+        "",
+        f"Made by `{first['command']}` on {first['machine']}, commit {first['commit']}; one JSON a row in `results/`.",
+    ]
     return "\n".join(lines)
 
 

@@ -29,6 +29,8 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; a HarkenError is printed without a traceback and gives exit status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # the deepspeed launcher puts this before the verb; the rank is in the environment as well
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     parser = argparse.ArgumentParser(
         prog="harken",
         description="Pretrain and fine-tune speech and audio encoders.",
@@ -56,7 +58,11 @@ def _run(verb: str, arguments: list[str]) -> int:
     )
     module.add_arguments(parser)
     try:
-        return int(module.run(parser.parse_args(arguments)))
+        args = parser.parse_intermixed_args(arguments)  # key=value may stand before and after options
+    except TypeError:  # sub-verbs cannot be intermixed
+        args = parser.parse_args(arguments)
+    try:
+        return int(module.run(args))
     except HarkenError as error:
         print(f"harken {verb}: {error}", file=sys.stderr)
         return 2

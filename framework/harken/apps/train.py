@@ -18,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", nargs="+", help="YAML files or presets, merged left to right, then key=value overrides"
     )
     parser.add_argument("--exp", required=True, type=Path, help="folder of the run; a run that is there is continued")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
 
 def run(args: argparse.Namespace) -> int:

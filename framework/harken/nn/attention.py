@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harken.core.errors import HarkenError
+
+
+# frames below which the plain product beats torch's fused CPU kernel in bf16, whose backward pass is slow: docs/LOG.md
+_SHORT = 256
+
+
+def _kernel(q: Tensor) -> AbstractContextManager[None]:
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[-2] < _SHORT:
+        kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+        return kernel
+    return nullcontext()
 
 
 class SelfAttention(nn.Module):
@@ -32,6 +47,7 @@ class SelfAttention(nn.Module):
         batch, time, dim = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
+        with _kernel(q):
+            y = functional.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
         result: Tensor = self.out(y.transpose(1, 2).reshape(batch, time, dim))
         return result

@@ -1,0 +1,291 @@
+"""The two models of hubert_step.py, each of which takes training steps on batches that depend on the step alone.
+
+usage: hubert_peers.py {harken,hugging_face} OPTIONS.json, and then requests as in lockstep.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lockstep import serve
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harken.core import draws
+from harken.core.batch import Batch
+from harken.core.frames import FrameSpec, Window
+from harken.data.masking import SpanMask
+from harken.frontends.waveform import WaveformConfig
+
+CLASSES = 504
+CODE_DIM = 256
+TEMPERATURE = 0.1
+CLIP_NORM = 10.0
+RATE = 1e-5  # any small rate costs the same; HuBERT's peak without its warm-up would end in numbers that are not finite
+CHECK = 1 << 20  # the batch that outputs are compared on: no training step has it
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both models share."""
+
+    layers: int
+    seconds: float
+    batch: int
+    threads: int
+    precision: str
+    attention: str
+    layer_drop: float
+    seed: int
+
+
+class Peer(Protocol):
+    """One of the two: built after its imports, from one set of weights (`folder/weights.safetensors`)."""
+
+    def build(self, folder: Path) -> int:
+        """Make the model and its optimiser; return the number of parameters."""
+        ...
+
+    def encode(self, batch: Batch) -> tuple[Tensor, float]:
+        """Return the last hidden states `(B, T, D)` of unmasked audio, and the mean loss, without dropout."""
+        ...
+
+    def step(self, batch: Batch, step: int) -> tuple[float, float]:
+        """Take a training step; return its seconds and mean loss."""
+        ...
+
+
+def make_batch(options: Options, step: int) -> Batch:
+    """Return the noise, masks and labels of a step; HuBERT Base's masks, no padding."""
+    own = WaveformConfig(name="waveform")
+    windows = tuple(Window(k, s) for k, s in zip(own.kernels, own.strides, strict=True))
+    samples = round(options.seconds * own.sample_rate)
+    frames = int(FrameSpec(windows, own.sample_rate).num_frames(samples))
+    rng = draws.Draws(options.seed, step).generator("benchmark")
+    inputs = rng.standard_normal((options.batch, samples), dtype=np.float32) * 0.1
+    mask = np.stack([SpanMask().draw(frames, rng) for _ in range(options.batch)])
+    targets = {
+        "labels": torch.from_numpy(rng.integers(0, CLASSES, (options.batch, frames, 1))),
+        "mask": torch.from_numpy(mask),
+        "masked": torch.from_numpy(np.flatnonzero(mask)),
+        "unmasked": torch.from_numpy(np.flatnonzero(~mask)),
+    }
+    return Batch(
+        ids=tuple(f"noise-{row}" for row in range(options.batch)),
+        inputs=torch.from_numpy(inputs),
+        lengths=torch.full((options.batch,), samples),
+        targets=targets,
+        num_targets=float(mask.sum()),
+    )
+
+
+def digest(batch: Batch) -> str:
+    """Return a hash of everything in a batch, by which the parent sees that both models had the same."""
+    found = hashlib.blake2b(batch.inputs.numpy().tobytes(), digest_size=8)
+    for name in sorted(batch.targets):
+        found.update(batch.targets[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+class Harken:
+    """harken as it trains: its objective, its DeepSpeed engine, its AdamW."""
+
+    def __init__(self, options: Options) -> None:
+        import deepspeed  # noqa: F401  imported before memory is first read
+
+        from harken.config.load import load
+        from harken.engine.deepspeed import start_processes
+
+        self.options = options
+        changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={options.layers}"]
+        changes += [f"encoder.layer_drop={options.layer_drop}", f"train.clip_norm={CLIP_NORM}"]
+        changes += [f"engine.precision={options.precision}", f"engine.threads={options.threads}"]
+        self.config = load(["hubert_base"], changes).config
+        start_processes(self.config.engine)
+
+    def build(self, folder: Path) -> int:
+        """Build the model from Hugging Face's weights; see `Peer`."""
+        from harken.config.registry import build
+        from harken.config.saved import load_into
+        from harken.encoders.backbone import build_backbone
+        from harken.engine.deepspeed import DeepSpeedEngine
+        from harken.interop.hugging_face import weights_from_hugging_face
+        from harken.optim.groups import parameter_groups, set_rates
+
+        theirs = load_file(folder / "weights.safetensors")
+        head = {name: theirs.pop(name) for name in ("project.weight", "project.bias", "codes.embeddings")}
+        model = build("objective", self.config.objective, run=self.config, backbone=build_backbone(self.config))
+        load_into(model, {**weights_from_hugging_face(theirs), **head}, folder / "weights.safetensors")
+
+        def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
+            groups = parameter_groups(module, model.rate_scale)
+            names = [group["names"][0] for group in groups]
+            optimizer: torch.optim.Optimizer = build("optimizer", self.config.optimizer, groups=groups)
+            set_rates(optimizer, names, RATE, model.rate_scale, 0)
+            return optimizer
+
+        self.engine = DeepSpeedEngine(model, make_optimizer, self.config.engine, self.config.train)
+        self.model = model
+        return _parameters(model)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, float]:
+        """See `Peer`."""
+        with _evaluating(self.model):
+            total, count = self.model(batch).metrics["loss"]
+            return self.model.backbone(batch.inputs, batch.lengths).last, float(total / count)
+
+    def step(self, batch: Batch, step: int) -> tuple[float, float]:
+        """See `Peer`."""
+        draws.begin_micro_batch(self.options.seed, step, 0)
+        started = time.perf_counter()
+        loss = self.engine(batch)
+        self.engine.backward(loss.total / batch.num_targets, last=True)
+        self.engine.step()
+        seconds = time.perf_counter() - started
+        total, count = loss.metrics["loss"]
+        return seconds, float(total / count)
+
+
+class Codes(nn.Module):
+    """HuBERT's code embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(torch.rand(CLASSES, CODE_DIM))
+
+
+class HuggingFaceHubert(nn.Module):
+    """HubertModel under a head whose cost is linear in frames: the same projection and cosine logits as harken's."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        from transformers import HubertConfig, HubertModel
+
+        config = HubertConfig(
+            num_hidden_layers=options.layers,
+            hidden_dropout=0.1,
+            attention_dropout=0.1,
+            activation_dropout=0.0,
+            feat_proj_dropout=0.1,
+            layerdrop=options.layer_drop,
+            attn_implementation=options.attention,
+        )
+        self.hubert = HubertModel(config)
+        self.project = nn.Linear(config.hidden_size, CODE_DIM)
+        self.codes = Codes()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean cross entropy of the masked frames."""
+        index = batch.targets["masked"]
+        hidden = self.hubert(batch.inputs, mask_time_indices=batch.targets["mask"]).last_hidden_state
+        x = functional.normalize(self.project(hidden.flatten(0, 1)[index]).float(), dim=-1)
+        codes = functional.normalize(self.codes.embeddings, dim=-1)
+        with torch.autocast("cpu", enabled=False):
+            logits = x @ codes.T / TEMPERATURE
+        return functional.cross_entropy(logits, batch.targets["labels"].flatten()[index])
+
+
+class HuggingFace:
+    """transformers.HubertModel in a plain torch loop, with the optimiser and the clipping that harken has."""
+
+    def __init__(self, options: Options) -> None:
+        import transformers  # noqa: F401  imported before memory is first read
+        from transformers import HubertModel  # noqa: F401
+
+        torch.set_num_threads(options.threads)
+        self.options = options
+
+    def build(self, folder: Path) -> int:
+        """Build the model with random weights and write them; see `Peer`."""
+        torch.manual_seed(self.options.seed)
+        self.model = HuggingFaceHubert(self.options).train()
+        weights = {name.removeprefix("hubert."): value for name, value in self.model.state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
+        )
+        return _parameters(self.model)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, float]:
+        """See `Peer`."""
+        with _evaluating(self.model):
+            return self.model.hubert(batch.inputs).last_hidden_state, float(self.model(batch))
+
+    def step(self, batch: Batch, step: int) -> tuple[float, float]:
+        """See `Peer`."""
+        torch.manual_seed(draws.key(self.options.seed, step) & (2**63 - 1))
+        context: AbstractContextManager[Any] = nullcontext()
+        if self.options.precision == "bf16":
+            context = torch.autocast("cpu", dtype=torch.bfloat16)
+        started = time.perf_counter()
+        with context:
+            loss = self.model(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started, float(loss.detach())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _memory_now() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+PEERS: dict[str, Callable[[Options], Peer]] = {"harken": Harken, "hugging_face": HuggingFace}
+
+
+def main(name: str, text: str) -> None:
+    """Answer `build`, `encode`, `step` and `memory` of hubert_step.py."""
+    options = Options(**json.loads(text))
+    peer = PEERS[name](options)
+    after_imports = _memory_now()
+
+    def answer(request: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        if request == "build":
+            return {"parameters": peer.build(Path(arguments["folder"]))}
+        if request == "encode":
+            hidden, loss = peer.encode(make_batch(options, CHECK))
+            np.save(arguments["out"], hidden.numpy())
+            return {"loss": loss}
+        if request == "step":
+            batch = make_batch(options, arguments["step"])
+            seconds, loss = peer.step(batch, arguments["step"])
+            return {"seconds": seconds, "loss": loss, "batch": digest(batch)}
+        return {"after_imports": after_imports, "peak": _peak_memory()}
+
+    serve(answer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
