@@ -125,7 +125,7 @@ def test_unreadable_files_are_counted_and_named(corpus: Path, out: Path, capsys)
     assert main(["data", "scan", str(corpus), "--out", str(out), "--jobs", "1"]) == 0
     printed = capsys.readouterr().out
     assert "4 utterances were left out, all listed in" in printed
-    assert f"{out}: 3 cuts, 0.00 h" in printed
+    assert f"{out}: 3 cuts, 0.04 min" in printed
     rows = out.with_name("all.jsonl.quarantine.tsv").read_text("utf-8").splitlines()
     assert rows == [
         "id\tpath\treason",

@@ -12,7 +12,7 @@ import pytest
 from harken.apps.main import main
 from harken.core.errors import HarkenError
 from harken.data.manifest import Manifest
-from harken.data.stats import bar, batches, bin_edges, describe, durations, render, text_of
+from harken.data.stats import bar, batches, bin_edges, describe, durations, length, render, text_of
 from harken.data.tokens import Characters, Pieces, load_tokenizer
 
 TEXTS = ["the cat sat", "the hat", None, "it's a hat that the cat sat on"]
@@ -112,6 +112,10 @@ def test_a_long_tail_takes_one_line() -> None:
     assert edges[-2] <= 2.1
 
 
+def test_amounts_of_audio_are_told_in_hours_or_minutes() -> None:
+    assert [length(seconds) for seconds in (3, 359.9, 360, 7200)] == ["0.05 min", "6.00 min", "0.10 h", "2.00 h"]
+
+
 @pytest.mark.parametrize(
     ("share", "expected", "plain"),
     [(0.0, "", ""), (1.0, "████", "####"), (0.5, "██", "##"), (0.28, "█▏", "##"), (1e-6, "▏", "#")],
@@ -126,10 +130,10 @@ def test_what_is_printed_and_written(manifest: Path, tmp_path: Path, capsys) -> 
     out = tmp_path / "stats.json"
     assert main(["data", "stats", str(manifest), str(other), "--out", str(out), "--max-seconds", "6"]) == 0
     printed = capsys.readouterr().out
-    assert f"{manifest}: 4 cuts, 0.00 h" in printed
+    assert f"{manifest}: 4 cuts, 0.27 min" in printed
     assert "min 1.00  median 2.50  mean 4.00  p90 7.90  max 10.00" in printed
     assert "3 at 16000 Hz, 1 at 8000 Hz" in printed
-    assert "2; most Ann 0.00 h, least 0.05 min; 1 cuts name none" in printed
+    assert "2; most Ann 0.05 min, least 0.05 min; 1 cuts name none" in printed
     assert "3 cuts, 13 words (8 distinct), 1.00 words/s, 3.7 characters/s (most: u0, 11.0)" in printed
     assert "1 cuts are longer and left out" in printed
     assert "none named" in printed
@@ -138,7 +142,7 @@ def test_what_is_printed_and_written(manifest: Path, tmp_path: Path, capsys) -> 
     assert [item["cuts"] for item in written] == [4, 1]
     assert written[1]["texts"] is None
     assert written[0]["texts"]["fastest"] == ["u0", 11.0]
-    assert written[0]["durations"]["bins"][0] == [1.0, 1.5, 1, pytest.approx(1 / 3600)]
+    assert written[0]["durations"]["bins"][0] == [0.0, 2.0, 1, pytest.approx(1 / 3600)]
 
 
 def test_a_terminal_without_unicode_gets_ascii(manifest: Path) -> None:
@@ -166,7 +170,7 @@ def test_texts_are_read_as_training_reads_them() -> None:
 
 def test_indexing_from_the_command_line(manifest: Path, tmp_path: Path, capsys) -> None:
     assert main(["data", "index", str(manifest)]) == 0
-    assert f"{manifest}: 4 cuts, 0.00 h" in capsys.readouterr().out
+    assert f"{manifest}: 4 cuts, 0.27 min" in capsys.readouterr().out
     assert main(["data", "index", str(tmp_path / "none.jsonl")]) == 2
     assert "No such file" in capsys.readouterr().err
 

@@ -82,20 +82,22 @@ def test_every_fault_is_found_named_and_counted(faulty: Path, folder: Path, caps
     header, *rows = faulty.with_name("all.jsonl.verify.tsv").read_text("utf-8").splitlines()
     assert header == "id\tpath\tproblem\tdetail"
     found = {(row.split("\t")[0], row.split("\t")[2]): row.split("\t")[3] for row in rows}
+    share = float(found["clipped", "clipped"].partition("%")[0])
+    assert 90 < share < 100
     assert found == {
         ("truncated", "unreadable"): "flac decoder lost sync.",
         ("zero", "unreadable"): "empty file (0 bytes)",
         ("gone", "unreadable"): "no such file or directory",
         ("nan", "not_finite"): "1 of 8000 samples",
         ("silent", "silent"): "RMS -200.0 dBFS, peak 5.0e-01",
-        ("clipped", "clipped"): found["clipped", "clipped"],
+        ("clipped", "clipped"): f"{share}% of samples at full scale",
         ("hollow", "empty"): "no samples",
         ("short", "duration"): "0.700 s stated, 0.500 s decoded",
         ("rate", "header"): "the manifest states 8000 Hz, the file has 16000 Hz",
         ("rate", "duration"): "1.000 s stated, 0.500 s decoded",
     }
     assert f"{folder}/gone.flac" in printed
-    assert "12 cuts, 0.00 h: 9 cuts, 0.00 h, have problems" in printed
+    assert "12 cuts, 0.14 min: 9 cuts, 0.11 min, have problems" in printed
     assert f"problem unreadable: 3 ({PROBLEMS['unreadable']})" in printed
     assert "note sample_rate: 1 (" in printed
     assert "telephone: 8000 Hz" in printed
@@ -113,7 +115,7 @@ def test_the_cleaned_manifest_is_sound_and_otherwise_the_same(faulty: Path, tmp_
     assert [len(read_cut(cut, RATE)) for cut in Manifest(clean)] == [8000, 8000, 8000]
     assert not faulty.with_name("all.jsonl.verify.tsv").exists()
     assert main(["data", "verify", str(clean), "--out", str(listed), "--jobs", "1"]) == 0
-    assert "3 cuts, 0.00 h: no problem" in capsys.readouterr().out
+    assert "3 cuts, 0.03 min: no problem" in capsys.readouterr().out
     assert listed.read_text() == "id\tpath\tproblem\tdetail\n"
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ class Site:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, f"{place} ended with status {done.returncode}:\n{done.stdout[-6000:]}"
@@ -108,12 +109,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         "DS_ACCELERATOR": "cpu",
     }
     process = subprocess.Popen(
-        [sys.executable, SERVER, programs / "socket"], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, SERVER, programs / "socket"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "ready"
     yield environment
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # what a block left running ends, too
     process.wait()
 
 

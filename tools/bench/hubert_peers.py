@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lockstep import serve
+from lockstep import Answer, serve
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -265,8 +265,8 @@ def _peak_memory() -> int:
 PEERS: dict[str, Callable[[Options], Peer]] = {"harken": Harken, "hugging_face": HuggingFace}
 
 
-def main(name: str, text: str) -> None:
-    """Answer `build`, `encode`, `step` and `memory` of hubert_step.py."""
+def begin(name: str, text: str) -> Answer:
+    """Return what answers `build`, `encode`, `step` and `memory` of hubert_step.py."""
     options = Options(**json.loads(text))
     peer = PEERS[name](options)
     after_imports = _memory_now()
@@ -284,8 +284,8 @@ def main(name: str, text: str) -> None:
             return {"seconds": seconds, "loss": loss, "batch": digest(batch)}
         return {"after_imports": after_imports, "peak": _peak_memory()}
 
-    serve(answer)
+    return answer
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    serve(lambda: begin(sys.argv[1], sys.argv[2]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shlex
@@ -183,8 +184,6 @@ def machine() -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the whole comparison and return it; raises HarkenError or WorkerError."""
-    import json
-
     options = json.dumps({name: getattr(args, name) for name in MODEL_OPTIONS})
     about = machine()
     workers: dict[str, Worker] = {}
@@ -227,10 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     about = result["machine"]
     print(
-        f"HuBERT Base, {args.layers} layers, {args.batch} x {args.seconds:g} s, {args.precision}, {args.threads} threads, "
-        f"{args.attention}; median of {args.steps} steps after {args.warmup}\n"
-        f"{about['processor']}, {about['cores']} cores, load before {about['load_before']:.1f}; torch {about['torch']}, "
-        f"transformers {about['transformers']}\n"
+        f"HuBERT Base, {args.layers} layers, {args.batch} x {args.seconds:g} s, {args.precision}, "
+        f"{args.threads} threads, {args.attention}; median of {args.steps} steps after {args.warmup}\n"
+        f"{about['processor']}, {about['cores']} cores, load before {about['load_before']:.1f}; "
+        f"torch {about['torch']}, transformers {about['transformers']}\n"
     )
     print(table({name: result[name] for name in TITLES}))
     if args.json is not None:

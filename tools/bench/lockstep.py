@@ -68,10 +68,14 @@ class Worker:
                 pipe.close()
 
 
-def serve(answer: Answer) -> None:
-    """Answer requests from standard input until it closes. What libraries print goes to standard error."""
+def serve(begin: Callable[[], Answer]) -> None:
+    """Answer requests from standard input until it closes.
+
+    begin: imports what is needed and returns what answers. What it and libraries print goes to standard error.
+    """
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         os.dup2(2, 1)
+        answer = begin()
         for line in sys.stdin:
             request, arguments = json.loads(line)
             replies.write(json.dumps(answer(request, arguments)) + "\n")

@@ -132,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
 def run_scan(args: argparse.Namespace) -> int:
     """Write the manifest; what could not be read is named and does not fail the scan."""
     from harken.data.scan import scan
+    from harken.data.stats import length
 
     result = scan(
         args.source,
@@ -148,17 +149,18 @@ def run_scan(args: argparse.Namespace) -> int:
         print(f"  {len(result.refused)} utterances were left out, all listed in {result.quarantine}:")
         for name, path, reason in result.refused[:5]:
             print(f"    {name} [{path}]: {reason}")
-    print(f"{args.out}: {result.cuts} cuts, {result.seconds / 3600:.2f} h, from {args.source} ({result.kind})")
+    print(f"{args.out}: {result.cuts} cuts, {length(result.seconds)}, from {args.source} ({result.kind})")
     return 0
 
 
 def run_index(args: argparse.Namespace) -> int:
     """Index manifests."""
     from harken.data.manifest import Manifest, build_index
+    from harken.data.stats import length
 
     for path in args.manifests:
         count = build_index(path)
-        print(f"{path}: {count} cuts, {Manifest(path).card['hours']:.2f} h")
+        print(f"{path}: {count} cuts, {length(3600 * Manifest(path).card['hours'])}")
     return 0
 
 

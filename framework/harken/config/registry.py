@@ -23,6 +23,9 @@ SLOTS: dict[str, str] = {
     "schedule": "harken.optim.schedules",
 }
 
+# modules beside the parts that hold none
+HELPERS = frozenset({"base", "backbone", "saved"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlotConfig:
@@ -56,10 +59,10 @@ def register(slot: str, config: type[SlotConfig]) -> Callable[[_T], _T]:
 
 
 def available(slot: str) -> list[str]:
-    """Names of the parts that harken ships for a slot; modules that begin with `_` or are called `base` are helpers."""
+    """Names of the parts that harken ships for a slot; `HELPERS` and modules that begin with `_` are none."""
     package = importlib.import_module(SLOTS[slot])
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    return sorted(name for name in names if not name.startswith("_") and name != "base")
+    return sorted(name for name in names if not name.startswith("_") and name not in HELPERS)
 
 
 def find(slot: str, name: str) -> Part:

@@ -86,6 +86,11 @@ class Stats:
         return asdict(self)
 
 
+def length(seconds: float) -> str:
+    """Return an amount of audio in words: hours, or minutes where it is less than a tenth of one."""
+    return f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds / 60:.2f} min"
+
+
 def describe(manifest: Manifest, *, max_seconds: float = 60.0, buckets: int = 30) -> Stats:
     """Read the lines of a manifest once and count.
 
@@ -132,9 +137,13 @@ def durations(seconds: NDArray[np.float32]) -> Durations:
 
 
 def bin_edges(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return round edges: at most 20 equal steps of 1, 2 or 5 x 10^k to the 99th percentile, and one for the tail."""
+    """Return round edges: equal steps of 1, 2 or 5 x 10^k to the 99th percentile, and one for the tail.
+
+    There are at most 20 steps, and fewer for fewer durations.
+    """
+    count = min(MAX_BINS, 4 + math.isqrt(len(seconds)))
     low, top = float(seconds.min()), float(np.quantile(seconds, 0.99))
-    raw = max((top - low) / (MAX_BINS - 1), 0.01)
+    raw = max((top - low) / (count - 1), 0.01)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(top / step - 1e-9)
@@ -229,7 +238,7 @@ def render(stats: Stats, *, width: int = 40, unicode: bool = True) -> str:
     """Return the statistics for a terminal. unicode: bars in eighths of a character, `#` otherwise."""
     d = stats.durations
     lines = [
-        f"{stats.path}: {stats.cuts} cuts, {d.hours:.2f} h",
+        f"{stats.path}: {stats.cuts} cuts, {length(3600 * d.hours)}",
         f"  seconds     min {d.min:.2f}  median {d.median:.2f}  mean {d.mean:.2f}  p90 {d.p90:.2f}  max {d.max:.2f}",
         "  rates       " + (", ".join(f"{count} at {rate} Hz" for rate, count in stats.sample_rates.items()) or "none"),
         f"  speakers    {_speakers(stats)}",
@@ -242,7 +251,8 @@ def render(stats: Stats, *, width: int = 40, unicode: bool = True) -> str:
     names = [f"{low:.{places}f}-{high:.{places}f} s" for low, high, _, _ in d.bins]
     left = max(map(len, names))
     for name, (_, _, count, hours) in zip(names, d.bins, strict=True):
-        lines.append(f"  {name:>{left}} {bar(count / most, width, unicode=unicode):{width}} {count:>8} {hours:>9.2f} h")
+        filled = bar(count / most, width, unicode=unicode)
+        lines.append(f"  {name:>{left}} {filled:{width}} {count:>8} {length(3600 * hours):>10}")
     return "\n".join(lines)
 
 
@@ -259,8 +269,8 @@ def _speakers(stats: Stats) -> str:
         return "none named"
     name, hours = next(iter(stats.speakers.items()))
     missing = f"; {stats.cuts_without_speaker} cuts name none" if stats.cuts_without_speaker else ""
-    least = 60 * min(stats.speakers.values())
-    return f"{len(stats.speakers)}; most {name} {hours:.2f} h, least {least:.2f} min{missing}"
+    least = length(3600 * min(stats.speakers.values()))
+    return f"{len(stats.speakers)}; most {name} {length(3600 * hours)}, least {least}{missing}"
 
 
 def _texts(stats: Stats) -> str:

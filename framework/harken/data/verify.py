@@ -17,6 +17,7 @@ from harken.core.files import atomic_path
 from harken.data.manifest import Manifest, build_index
 from harken.data.parallel import in_parallel
 from harken.data.scan import TOLERANCE_SECONDS, reason, write_quarantine
+from harken.data.stats import length
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -104,8 +105,8 @@ class Verified:
     def table(self) -> str:
         """Return the counts, and the first cuts of each kind, for a terminal."""
         lost = sum(item.seconds for item in self.bad)
-        verdict = f"{len(self.bad)} cuts, {lost / 3600:.2f} h, have problems" if self.bad else "no problem"
-        lines = [f"{self.path}: {self.cuts} cuts, {self.seconds / 3600:.2f} h: {verdict}"]
+        verdict = f"{len(self.bad)} cuts, {length(lost)}, have problems" if self.bad else "no problem"
+        lines = [f"{self.path}: {self.cuts} cuts, {length(self.seconds)}: {verdict}"]
         for title, kinds in (("problem", PROBLEMS), ("note", NOTES)):
             for kind in filter(self.counts.__getitem__, kinds):
                 lines.append(f"  {title} {kind}: {self.counts[kind]} ({kinds[kind]})")

@@ -1,0 +1,357 @@
+"""What every frontend, encoder, objective, optimiser and schedule of the registry promises, in every combination."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from harken.config.load import from_dict, load, to_yaml
+from harken.config.registry import available, build
+from harken.config.schema import RunConfig
+from harken.core.batch import Batch
+from harken.core.draws import Draws
+from harken.data.dataset import Row, collate
+from harken.data.manifest import Manifest
+from harken.data.read import read_cut
+from harken.objectives.base import Objective
+from harken.objectives.saved import build_objective, build_prepare
+from harken.optim.groups import parameter_groups, set_rates
+
+# The smallest useful settings of each part: a part that is new to the registry needs a line here to be tested.
+TINY: dict[str, dict[str, dict[str, Any]]] = {
+    "frontend": {
+        "filterbank": {"bands": 20, "channels": 24, "subsampling": 2},
+        "waveform": {"channels": 16},
+    },
+    "encoder": {
+        "transformer": {
+            "dim": 32,
+            "layers": 2,
+            "heads": 4,
+            "ffn_dim": 64,
+            "position_kernel": 16,
+            "position_groups": 4,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "input_dropout": 0.0,
+            "layer_drop": 0.0,
+        },
+    },
+    "objective": {
+        "ctc": {"tokenizer": "TOKENS", "mask_length": 4, "mask_channel_probability": 0.2, "mask_channel_length": 4, "band_masks": 1},
+        "hubert": {"classes": "CLASSES", "code_dim": 16, "mask_length": 4, "unmasked_weight": 0.5},
+    },
+    "optimizer": {"adamw": {}},
+    "schedule": {
+        "constant": {"rate": 1e-3, "warmup_steps": 3},
+        "linear": {"peak": 1e-3, "warmup_steps": 3},
+        "tri_stage": {"peak": 1e-3},
+    },
+}
+# Settings beside the default ones that change what a part computes.
+VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
+    ("frontend", "filterbank"): [{}, {"convolution": "time_frequency", "subsampling": 4, "maps": 4}, {"subsampling": 1}],
+    ("frontend", "waveform"): [{}, {"norm": "layer", "bias": True, "normalize": True}],
+    ("encoder", "transformer"): [{}, {"norm_first": True, "position_kernel": 15}],
+    ("objective", "ctc"): [{}, {"head_upsampling": 2}],
+}
+
+
+def tiny(slot: str, name: str) -> dict[str, Any]:
+    if name not in TINY[slot]:
+        pytest.fail(f"add settings for the {slot} `{name}` to TINY in {__file__}, so that it is tested")
+    return {"name": name, **TINY[slot][name]}
+
+
+def variants(slot: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, changes) for name in available(slot) for changes in VARIANTS.get((slot, name), [{}])]
+
+
+def label_of(variant: tuple[str, dict[str, Any]]) -> str:
+    name, changes = variant
+    return "+".join([name, *(f"{key}={value}" for key, value in changes.items())])
+
+
+def make_config(corpus, objective, frontend, encoder, optimizer: str = "adamw", schedule: str = "constant") -> RunConfig:
+    from harken.units.store import LabelStore
+
+    settings = corpus.settings("hubert", "filterbank")
+    for slot, (name, changes) in (("objective", objective), ("frontend", frontend), ("encoder", encoder)):
+        settings[slot] = {**tiny(slot, name), **changes}
+    settings["optimizer"], settings["schedule"] = tiny("optimizer", optimizer), tiny("schedule", schedule)
+    for key, value in settings["objective"].items():
+        if value == "TOKENS":
+            settings["objective"][key] = str(corpus.tokens)
+        elif value == "CLASSES":
+            settings["objective"][key] = [LabelStore(corpus.labels).card.clusters]
+    return from_dict(settings)
+
+
+@pytest.fixture(scope="module")
+def rows(corpus) -> list[Row]:
+    """Six utterances of 0.6 s to 2 s."""
+    manifest = Manifest(corpus.train)
+    places = np.argsort(np.asarray(manifest.seconds))[:48:8]
+    cuts = [manifest[int(place)] for place in places]
+    return [Row(cut.id, cut.supervisions[0].text, read_cut(cut, 16000), 0) for cut in cuts]
+
+
+COMBINATIONS = [
+    *itertools.product([(name, {}) for name in available("objective")], variants("frontend"), variants("encoder")),
+    *(
+        (objective, ("filterbank", {}), ("transformer", {}))
+        for objective in variants("objective")
+        if objective[1]
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=COMBINATIONS, ids=lambda parts: "-".join(map(label_of, parts)))
+def combination(request, corpus) -> tuple[RunConfig, Objective, Any]:
+    """A configuration, its objective with fresh weights, and its Prepare."""
+    config = make_config(corpus, *request.param)
+    torch.manual_seed(3)
+    model = build_objective(config)
+    return config, model, build_prepare(config, model.backbone.spec, train=True)
+
+
+DRAWS = Draws(5, 2)
+
+
+def total(model: Objective, batch: Batch) -> float:
+    with torch.no_grad():
+        return float(model(batch).total)
+
+
+def pad(batch: Batch, samples: int) -> Batch:
+    return replace(batch, inputs=torch.nn.functional.pad(batch.inputs, (0, samples)))
+
+
+def test_the_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(combination, rows) -> None:
+    config, model, prepare = combination
+    model.train()
+    model.zero_grad()
+    batch = prepare(collate(rows), DRAWS)
+    assert batch.num_targets > 0
+    loss = model(batch)
+    assert loss.total.shape == ()
+    assert torch.isfinite(loss.total)
+    assert "loss" in loss.metrics
+    for name, (value, weight) in loss.metrics.items():
+        assert value.shape == weight.shape == (), name
+        assert not value.requires_grad, name
+        assert torch.isfinite(value), name
+    (loss.total / batch.num_targets).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad, f"{name}: freezing is the business of `rate_scale`"
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.any(), f"{name} has a gradient of zeros"
+
+
+def test_padding_does_not_change_an_utterances_loss(combination, rows) -> None:
+    _, model, prepare = combination
+    model.eval()
+    for row in rows[:3]:
+        alone = prepare(collate([row]), DRAWS)
+        padded = prepare(pad(collate([row]), 16000), DRAWS)
+        assert padded.num_targets == alone.num_targets
+        assert total(model, padded) == pytest.approx(total(model, alone), rel=1e-4), row.cut
+
+
+def test_a_batch_is_the_sum_of_its_utterances(combination, rows) -> None:
+    _, model, prepare = combination
+    model.eval()
+    whole = prepare(collate(rows), DRAWS)
+    for size in (1, 3):
+        parts = [prepare(collate(rows[start : start + size]), DRAWS) for start in range(0, len(rows), size)]
+        assert sum(part.num_targets for part in parts) == whole.num_targets
+        assert sum(total(model, part) for part in parts) == pytest.approx(total(model, whole), rel=1e-4)
+
+
+def test_prepare_is_pure_and_can_be_pickled(combination, rows) -> None:
+    _, _, prepare = combination
+    batch = collate(rows)
+    before = (batch.inputs.clone(), batch.lengths.clone(), dict(batch.targets))
+    first, second = prepare(batch, DRAWS), pickle.loads(pickle.dumps(prepare))(batch, Draws(5, 2))
+    assert len(pickle.dumps(prepare)) < 100_000, "it travels to every worker"
+    assert torch.equal(batch.inputs, before[0])
+    assert torch.equal(batch.lengths, before[1])
+    assert batch.targets == before[2]
+    assert first.targets.keys() == second.targets.keys()
+    assert all(torch.equal(value, second.targets[name]) for name, value in first.targets.items())
+    assert first.num_targets == second.num_targets
+    other = prepare(batch, Draws(5, 3))
+    assert any(
+        value.shape != other.targets[name].shape or not torch.equal(value, other.targets[name])
+        for name, value in first.targets.items()
+    ), "another epoch draws other masks"
+
+
+def test_validation_draws_the_same_at_every_pass(combination, rows) -> None:
+    config, model, _ = combination
+    prepare = build_prepare(config, model.backbone.spec, train=False)
+    first, second = prepare(collate(rows), Draws(0, 0)), prepare(collate(rows), Draws(0, 0))
+    assert all(torch.equal(value, second.targets[name]) for name, value in first.targets.items())
+
+
+def test_rate_scale_knows_every_parameter(combination) -> None:
+    _, model, _ = combination
+    for name, _ in model.named_parameters():
+        assert 0 <= model.rate_scale(name, 0) < math.inf, name
+
+
+def test_the_configuration_survives_the_round_trip(combination, tmp_path) -> None:
+    config, _, _ = combination
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert load([tmp_path / "run.yaml"]).config == config
+
+
+# Frontends and encoders
+
+
+@pytest.mark.parametrize("variant", variants("frontend"), ids=label_of)
+def test_a_frontend_gives_exactly_the_frames_its_spec_promises(corpus, variant) -> None:
+    config = make_config(corpus, ("hubert", {}), variant, ("transformer", {}))
+    frontend = build("frontend", config.frontend)
+    spec = frontend.spec
+    boundaries = [spec.receptive_field + count * spec.stride for count in (0, 1, 2, 7, 50)]
+    for boundary in boundaries:
+        for samples in (boundary - 1, boundary, boundary + 1):
+            expected = spec.num_frames(samples)
+            assert expected == (samples - spec.receptive_field) // spec.stride + 1
+            if expected == 0:
+                continue  # `data.min_seconds` keeps such audio out
+            lengths = torch.tensor([samples, min(samples, spec.receptive_field)])
+            with torch.no_grad():
+                frames, frame_lengths = frontend(torch.randn(2, samples), lengths)
+            assert frames.shape == (2, expected, frontend.dim)
+            assert frame_lengths.tolist() == [expected, 1]
+            assert torch.equal(spec.num_frames(lengths), frame_lengths)
+            assert torch.isfinite(frames).all()
+
+
+@pytest.mark.parametrize("variant", variants("encoder"), ids=label_of)
+def test_an_encoder_returns_the_layers_it_is_asked_for(corpus, variant) -> None:
+    config = make_config(corpus, ("hubert", {}), ("filterbank", {}), variant)
+    encoder = build("encoder", config.encoder, input_dim=24).eval()
+    layers = range(encoder.num_layers + 1)
+    x = encoder.embed(torch.randn(2, 30, 24))
+    encoded = encoder.encode(x, torch.tensor([30, 21]), layers)
+    assert encoded.last.shape == (2, 30, encoder.dim)
+    assert sorted(encoded.hidden) == list(layers)
+    assert all(value.shape == (2, 30, encoder.dim) for value in encoded.hidden.values())
+    assert encoder.encode(x, torch.tensor([30, 21])).hidden == {}
+    depths = [encoder.depth(name) for name, _ in encoder.named_parameters()]
+    assert set(depths) == set(layers)
+
+
+@pytest.mark.parametrize("variant", variants("encoder"), ids=label_of)
+def test_recomputing_activations_changes_nothing(corpus, variant) -> None:
+    config = make_config(corpus, ("hubert", {}), ("filterbank", {}), variant)
+    encoder = build("encoder", config.encoder, input_dim=24).train()
+    frames, results = torch.randn(2, 30, 24), []
+    for checkpoint in (False, True):
+        encoder.checkpoint_blocks = checkpoint
+        encoder.zero_grad()
+        last = encoder.encode(encoder.embed(frames), torch.tensor([30, 21])).last
+        last.square().sum().backward()
+        results.append([last.detach(), *(parameter.grad.clone() for parameter in encoder.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("encoder", variants("encoder"), ids=label_of)
+@pytest.mark.parametrize("frontend", variants("frontend"), ids=label_of)
+def test_flops_agree_with_torchs_counter(corpus, frontend, encoder) -> None:
+    backbone = build_objective(make_config(corpus, ("hubert", {}), frontend, encoder)).backbone.eval()
+    samples = 48000
+    # torch counts the fused attention of GPUs only, and so the plain products
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backbone(torch.randn(1, samples), torch.tensor([samples]))
+    own = backbone.frontend.flops(samples) + backbone.encoder.flops(backbone.spec.num_frames(samples))
+    assert own == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize("objective", available("objective"))
+def test_a_steps_flops_are_three_forward_passes(corpus, rows, objective: str) -> None:
+    config = make_config(corpus, (objective, {}), ("waveform", {"grad_scale": 1.0}), ("transformer", {}))
+    model = build_objective(config)
+    prepare = build_prepare(config, model.backbone.spec, train=True)
+    batch = prepare(collate(rows[-1:]), DRAWS)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch).total.backward()
+    # the head sees the masked frames alone, or all of them: it is small
+    assert model.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+# Optimisers, schedules, draws
+
+
+@pytest.mark.parametrize("name", available("optimizer"))
+def test_an_optimizer_lowers_a_loss_and_its_state_can_be_restored(name: str) -> None:
+    from harken.config.registry import find
+
+    torch.manual_seed(0)
+    settings = tiny("optimizer", name)
+    config = find("optimizer", name).config(**settings)
+
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer, list[str]]:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+        groups = parameter_groups(model, lambda parameter, step: 0.5 if parameter.startswith("1.") else 1.0)
+        optimizer = build("optimizer", config, groups=groups)
+        return model, optimizer, [str(group["names"][0]) for group in groups]
+
+    x, y = torch.randn(16, 8), torch.randn(16, 8)
+
+    def step(model, optimizer, names) -> float:
+        set_rates(optimizer, names, 1e-2, lambda parameter, step: 1.0, 0)
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    first = make()
+    losses = [step(*first) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    second = make()
+    second[0].load_state_dict(first[0].state_dict())
+    second[1].load_state_dict(pickle.loads(pickle.dumps(first[1].state_dict())))
+    assert step(*first) == step(*second)
+    assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", available("schedule"))
+def test_a_schedule_is_a_function_of_the_step(name: str) -> None:
+    from harken.config.registry import find
+
+    config = find("schedule", name).config(**tiny("schedule", name))
+    schedule, again = build("schedule", config, steps=100), build("schedule", config, steps=100)
+    rates = [schedule(step) for step in range(101)]
+    assert all(0 <= rate <= 1e-3 * (1 + 1e-9) for rate in rates)
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[0] < 1e-3, "it warms up"
+    assert [again(step) for step in reversed(range(101))] == rates[::-1]
+
+
+def test_draws_are_a_pure_function_of_their_key() -> None:
+    def draw(*, seed: int = 1, epoch: int = 2, purpose: str = "mask", item: str = "a") -> list[int]:
+        return Draws(seed, epoch).generator(purpose, item).integers(0, 2**62, 4).tolist()
+
+    draws = Draws(1, 2)
+    draws.generator("mask", "b").random(100)
+    assert draws.generator("mask", "a").integers(0, 2**62, 4).tolist() == draw()
+    # fixed for ever: another value would change the data of every run that is continued
+    assert draw()[0] == 1313212647532231370
+    others = [draw(seed=2), draw(epoch=3), draw(purpose="crop"), draw(item="b")]
+    assert len({tuple(values) for values in [draw(), *others]}) == 5
