@@ -63,7 +63,7 @@ def settings() -> str:
 
 
 def parts(slot: str) -> Iterator[tuple[str, type]]:
-    """Yield name and configuration of each part of a slot; a module of the folder that registers none is passed over."""
+    """Yield name and configuration of each part of a slot; a module that registers none is passed over."""
     for name in available(slot):
         with contextlib.suppress(HarkenError):
             yield name, find(slot, name).config

@@ -1,6 +1,7 @@
 """Collect the scores of a comparison into rows with command, machine and commit, and write the table of a README.
 
-Example: python tools/results_table.py exp/compare --results egs/amazon_queen/results --readme egs/amazon_queen/README.md
+Example:
+  python tools/results_table.py exp/compare --results egs/amazon_queen/results --readme egs/amazon_queen/README.md
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells[row["minutes"], row["start"]].append(row)
     lines = [
-        "| labels | start | test CER % | test WER % | test-unseen CER % | test-unseen WER % | seeds | minutes of training |",
+        (
+            "| labels | start | test CER % | test WER % | test-unseen CER % | test-unseen WER % | seeds "
+            "| minutes of training |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for minutes, start in sorted(cells, key=lambda cell: (cell[0], list(STARTS).index(cell[1]))):

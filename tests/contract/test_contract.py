@@ -47,7 +47,13 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "objective": {
-        "ctc": {"tokenizer": "TOKENS", "mask_length": 4, "mask_channel_probability": 0.2, "mask_channel_length": 4, "band_masks": 1},
+        "ctc": {
+            "tokenizer": "TOKENS",
+            "mask_length": 4,
+            "mask_channel_probability": 0.2,
+            "mask_channel_length": 4,
+            "band_masks": 1,
+        },
         "hubert": {"classes": "CLASSES", "code_dim": 16, "mask_length": 4, "unmasked_weight": 0.5},
     },
     "optimizer": {"adamw": {}},
@@ -59,7 +65,11 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
 }
 # Settings beside the default ones that change what a part computes.
 VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
-    ("frontend", "filterbank"): [{}, {"convolution": "time_frequency", "subsampling": 4, "maps": 4}, {"subsampling": 1}],
+    ("frontend", "filterbank"): [
+        {},
+        {"convolution": "time_frequency", "subsampling": 4, "maps": 4},
+        {"subsampling": 1},
+    ],
     ("frontend", "waveform"): [{}, {"norm": "layer", "bias": True, "normalize": True}],
     ("encoder", "transformer"): [{}, {"norm_first": True, "position_kernel": 15}],
     ("objective", "ctc"): [{}, {"head_upsampling": 2}],
@@ -81,7 +91,9 @@ def label_of(variant: tuple[str, dict[str, Any]]) -> str:
     return "+".join([name, *(f"{key}={value}" for key, value in changes.items())])
 
 
-def make_config(corpus, objective, frontend, encoder, optimizer: str = "adamw", schedule: str = "constant") -> RunConfig:
+def make_config(
+    corpus, objective, frontend, encoder, optimizer: str = "adamw", schedule: str = "constant"
+) -> RunConfig:
     from harken.units.store import LabelStore
 
     settings = corpus.settings("hubert", "filterbank")
@@ -107,11 +119,7 @@ def rows(corpus) -> list[Row]:
 
 COMBINATIONS = [
     *itertools.product([(name, {}) for name in available("objective")], variants("frontend"), variants("encoder")),
-    *(
-        (objective, ("filterbank", {}), ("transformer", {}))
-        for objective in variants("objective")
-        if objective[1]
-    ),
+    *((objective, ("filterbank", {}), ("transformer", {})) for objective in variants("objective") if objective[1]),
 ]
 
 
@@ -137,7 +145,7 @@ def pad(batch: Batch, samples: int) -> Batch:
 
 
 def test_the_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(combination, rows) -> None:
-    config, model, prepare = combination
+    _, model, prepare = combination
     model.train()
     model.zero_grad()
     batch = prepare(collate(rows), DRAWS)

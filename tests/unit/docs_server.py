@@ -40,8 +40,9 @@ SHORT = (
     "checkpoint.every_steps=2",
     "log.every_steps=2",
     "log.peak_tflops=1",
-    "batch.max_seconds=31",
-    "batch.seconds_per_step=31",
+    "data.max_seconds=12",
+    "batch.max_seconds=13",
+    "batch.seconds_per_step=13",
 )
 CLIENT = """#!{python} -IS
 import json, os, socket, sys

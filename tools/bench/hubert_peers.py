@@ -104,10 +104,9 @@ class Harken:
     """harken as it trains: its objective, its DeepSpeed engine, its AdamW."""
 
     def __init__(self, options: Options) -> None:
-        import deepspeed  # noqa: F401  imported before memory is first read
-
         from harken.config.load import load
-        from harken.engine.deepspeed import start_processes
+        from harken.engine.deepspeed import DeepSpeedEngine, start_processes
+        from harken.interop import hugging_face  # noqa: F401  imported before memory is first read
 
         self.options = options
         changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={options.layers}"]
@@ -115,6 +114,8 @@ class Harken:
         changes += [f"engine.precision={options.precision}", f"engine.threads={options.threads}"]
         self.config = load(["hubert_base"], changes).config
         start_processes(self.config.engine)
+        # DeepSpeed imports much of itself and of torch when it is first used: that is no memory of the model's
+        DeepSpeedEngine(nn.Linear(1, 1), self._optimizer, self.config.engine, self.config.train)
 
     def build(self, folder: Path) -> int:
         """Build the model from Hugging Face's weights; see `Peer`."""
@@ -123,23 +124,24 @@ class Harken:
         from harken.encoders.backbone import build_backbone
         from harken.engine.deepspeed import DeepSpeedEngine
         from harken.interop.hugging_face import weights_from_hugging_face
-        from harken.optim.groups import parameter_groups, set_rates
 
         theirs = load_file(folder / "weights.safetensors")
         head = {name: theirs.pop(name) for name in ("project.weight", "project.bias", "codes.embeddings")}
         model = build("objective", self.config.objective, run=self.config, backbone=build_backbone(self.config))
         load_into(model, {**weights_from_hugging_face(theirs), **head}, folder / "weights.safetensors")
-
-        def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
-            groups = parameter_groups(module, model.rate_scale)
-            names = [group["names"][0] for group in groups]
-            optimizer: torch.optim.Optimizer = build("optimizer", self.config.optimizer, groups=groups)
-            set_rates(optimizer, names, RATE, model.rate_scale, 0)
-            return optimizer
-
-        self.engine = DeepSpeedEngine(model, make_optimizer, self.config.engine, self.config.train)
+        self.engine = DeepSpeedEngine(model, self._optimizer, self.config.engine, self.config.train)
         self.model = model
         return _parameters(model)
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        from harken.config.registry import build
+        from harken.optim.groups import parameter_groups
+
+        groups = parameter_groups(module, lambda *_: 1.0)
+        optimizer: torch.optim.Optimizer = build("optimizer", self.config.optimizer, groups=groups)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE
+        return optimizer
 
     def encode(self, batch: Batch) -> tuple[Tensor, float]:
         """See `Peer`."""

@@ -39,8 +39,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description="Time a HuBERT training step in harken and in Hugging Face's transformers, in turn.",
-        epilog="example: tools/bench/hubert_step.py --steps 10 --threads 2 --json step.json\n"
-        "         tools/bench/hubert_step.py --layers 2 --seconds 2 --steps 3  # a quick look",
+        epilog="example: python tools/bench/hubert_step.py --steps 10 --threads 2 --json step.json\n"
+        "         python tools/bench/hubert_step.py --layers 2 --seconds 2 --steps 3  # a quick look",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of each (default: 10)")
@@ -50,7 +50,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of a waveform (default: 8)")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="waveforms a step (default: 2)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast in both")
-    parser.add_argument("--attention", default="sdpa", help="Hugging Face's attention: sdpa (default) or eager")
+    parser.add_argument(
+        "--attention", choices=("sdpa", "eager"), default="sdpa", help="of Hugging Face (default: sdpa)"
+    )
     parser.add_argument(
         "--layer-drop",
         type=float,
@@ -233,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(table({name: result[name] for name in TITLES}))
     if args.json is not None:
-        command = shlex.join(["tools/bench/hubert_step.py", *(sys.argv[1:] if arguments is None else arguments)])
+        command = shlex.join(
+            ["python", "tools/bench/hubert_step.py", *(sys.argv[1:] if arguments is None else arguments)]
+        )
         write_json_atomic(args.json, {"command": command, **result})
     return 0
 

@@ -6,6 +6,7 @@ worker is a process of its own, so its peak memory is its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -64,8 +65,9 @@ class Worker:
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # a request that never reached it
+                if pipe is not None:
+                    pipe.close()
 
 
 def serve(begin: Callable[[], Answer]) -> None:

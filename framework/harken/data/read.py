@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +27,7 @@ def read_cut(cut: Cut, sample_rate: int) -> Samples:
     try:
         audio = cut.load_audio()
     except Exception as error:  # every backend of Lhotse raises its own kinds; all mean the same here
-        raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) cannot be read: {error}") from error
+        raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) cannot be read: {reason(error, _file(cut))}") from error
     if audio is None or audio.size == 0:
         raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) holds no samples")
     samples: Samples = audio.mean(axis=0, dtype=np.float32)
@@ -44,6 +46,24 @@ def resample(samples: Samples, source_rate: float, target_rate: float) -> Sample
     return result
 
 
+def reason(error: Exception, path: Path | None) -> str:
+    """Return in one line why a file cannot be read: Lhotse's message has a paragraph for each backend it tried."""
+    try:
+        size = path.stat().st_size if path is not None else None
+    except OSError as missing:
+        return str(missing.strerror).lower()
+    if size == 0:
+        return "empty file (0 bytes)"
+    found = re.search(r"Exception #0 \(<class '[^']*'>\): <class '[^']*'>: (.*)", str(error))
+    words = " ".join((found.group(1) if found else str(error)).split())
+    # libsndfile's own words, without the path that is named beside them
+    return (re.sub(r"^(Error opening .*?: |Error : )", "", words) or repr(error))[:300]
+
+
+def _file(cut: Cut) -> Path | None:
+    sources = getattr(getattr(cut, "recording", None), "sources", None)
+    return Path(sources[0].source) if sources and sources[0].type == "file" else None
+
+
 def _source(cut: Cut) -> str:
-    recording = getattr(cut, "recording", None)
-    return str(recording.sources[0].source) if recording is not None and recording.sources else "no recording"
+    return str(_file(cut) or "no file")

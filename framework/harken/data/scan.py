@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from harken.core.files import atomic_path, write_text_atomic
 from harken.data.entries import Entry, Listing, add_texts
 from harken.data.manifest import build_index
 from harken.data.parallel import in_parallel
+from harken.data.read import reason
 from harken.data.sources import read_source
 
 if TYPE_CHECKING:
@@ -124,20 +124,6 @@ def read_header(path: Path) -> Header | str:
     except Exception as error:  # noqa: BLE001  each backend of Lhotse raises its own kinds
         return reason(error, path)
     return Header(recording.sampling_rate, recording.num_samples, recording.num_channels)
-
-
-def reason(error: Exception, path: Path) -> str:
-    """Return in one line why a file cannot be read: Lhotse's message has a paragraph for each backend it tried."""
-    try:
-        size = path.stat().st_size
-    except OSError as missing:
-        return str(missing.strerror).lower()
-    if not size:
-        return "empty file (0 bytes)"
-    found = re.search(r"Exception #0 \(<class '[^']*'>\): <class '[^']*'>: (.*)", str(error))
-    words = " ".join((found.group(1) if found else str(error)).split())
-    # libsndfile's own words, without the path that is named beside them
-    return (re.sub(r"^(Error opening .*?: |Error : )", "", words) or repr(error))[:300]
 
 
 def to_cuts(entry: Entry, header: Header | str, *, each_channel: bool = False) -> list[MonoCut]:

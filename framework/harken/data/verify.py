@@ -16,7 +16,8 @@ from harken.core.errors import HarkenError
 from harken.core.files import atomic_path
 from harken.data.manifest import Manifest, build_index
 from harken.data.parallel import in_parallel
-from harken.data.scan import TOLERANCE_SECONDS, reason, write_quarantine
+from harken.data.read import reason
+from harken.data.scan import TOLERANCE_SECONDS, write_quarantine
 from harken.data.stats import length
 
 if TYPE_CHECKING:

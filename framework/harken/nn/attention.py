@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harken.core.errors import HarkenError
 
-
 # frames below which the plain product beats torch's fused CPU kernel in bf16, whose backward pass is slow: docs/LOG.md
 _SHORT = 256
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,10 @@ class HubertConfig(SlotConfig):
     """fairseq `pred_nomask_weight`."""
     penalty_weight: float = 10.0
     """Weight of the mean square of the frontend's output; fairseq `loss_weights: [10]`."""
+    head: Literal["cosine", "cosine_normal", "linear"] = "cosine"
+    """`cosine` is the published head, whose code embeddings start uniform in 0..1, so nearly parallel, and take
+    thousands of steps to part. `cosine_normal` starts them normal with norm 1. `linear` is a plain classifier (k2SSL,
+    arXiv 2411.17100)."""
     separate_projections: bool = False
     """One projection for each codebook; fairseq `untie_final_proj`."""
 
@@ -82,11 +86,12 @@ class CosineCodes(nn.Module):
     Source: arXiv 2106.07447 equation 3.
     """
 
-    def __init__(self, classes: tuple[int, ...], dim: int, temperature: float) -> None:
+    def __init__(self, classes: tuple[int, ...], dim: int, temperature: float, *, normal: bool) -> None:
         super().__init__()
         self.classes = classes
         self.temperature = temperature
-        self.embeddings = nn.Parameter(torch.rand(sum(classes), dim))
+        start = torch.randn(sum(classes), dim) / dim**0.5 if normal else torch.rand(sum(classes), dim)
+        self.embeddings = nn.Parameter(start)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map projected frames `(N, C, dim)` to logits `(N, classes[c])` of each codebook."""
@@ -94,6 +99,18 @@ class CosineCodes(nn.Module):
         x = functional.normalize(x.float(), dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             return [x[:, index] @ code.T / self.temperature for index, code in enumerate(codes)]
+
+
+class LinearCodes(nn.Module):
+    """Logits of units from one linear map for each codebook."""
+
+    def __init__(self, classes: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(dim, count) for count in classes)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map projected frames `(N, C, dim)` to logits `(N, classes[c])` of each codebook."""
+        return [linear(x[:, index]).float() for index, linear in enumerate(self.maps)]
 
 
 @register("objective", HubertConfig)
@@ -110,7 +127,11 @@ class Hubert(Objective):
         self.backbone = backbone
         self.heads = len(config.classes) if config.separate_projections else 1
         self.project = nn.Linear(backbone.dim, config.code_dim * self.heads)
-        self.codes = CosineCodes(config.classes, config.code_dim, config.temperature)
+        self.codes: CosineCodes | LinearCodes = (
+            LinearCodes(config.classes, config.code_dim)
+            if config.head == "linear"
+            else CosineCodes(config.classes, config.code_dim, config.temperature, normal=config.head == "cosine_normal")
+        )
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> HubertPrepare:
@@ -140,7 +161,7 @@ class Hubert(Objective):
 
     def head_flops(self, frames: int) -> float:
         """Count the projection and the similarities, for masked and unmasked frames together."""
-        return 2.0 * frames * (self.project.weight.numel() + self.codes.embeddings.numel())
+        return 2.0 * frames * (self.project.weight.numel() + sum(self.config.classes) * self.config.code_dim)
 
     def _predict(self, x: Tensor, labels: Tensor, where: str, metrics: Metrics) -> Tensor:
         """Return the summed cross entropy of frames `(N, D)` with labels `(N, C)`; record its mean and the accuracy."""

@@ -23,7 +23,7 @@ from harken.config.schema import BatchConfig
 from harken.core.batch import Batch
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
-from harken.core.files import write_json_atomic, write_text_atomic
+from harken.core.files import atomic_path, remove, write_json_atomic, write_text_atomic
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
 from harken.data.plan import make_plan, select
@@ -135,12 +135,13 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
         return not (job.out / "card.json").is_file()
     if job.out.exists() and any(job.out.iterdir()):
         raise HarkenError(f"{job.out} is not empty and holds no labelling: choose another folder")
-    (job.out / "pieces").mkdir(parents=True)
-    write_text_atomic(job.out / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
-    np.save(job.out / "index.npy", layout.index)
-    with (job.out / "labels.bin").open("wb") as stream:
-        stream.truncate(card.labels * np.dtype(card.dtype).itemsize)
-    write_json_atomic(path, plan)
+    with atomic_path(job.out) as folder:  # killed before it is whole, it has not begun
+        (folder / "pieces").mkdir(parents=True)
+        write_text_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
+        np.save(folder / "index.npy", layout.index)
+        with (folder / "labels.bin").open("wb") as stream:
+            stream.truncate(card.labels * np.dtype(card.dtype).itemsize)
+        write_json_atomic(folder / "plan.json", plan)
     return True
 
 
@@ -222,7 +223,5 @@ def _finish(job: Job, layout: Layout, card: Card) -> None:
     write_text_atomic(
         job.out / "unreadable.tsv", "".join(f"{cut}\t{reason}\n" for cut, reason in sorted(unreadable.items()))
     )
-    for path in (job.out / "pieces").iterdir():
-        path.unlink()
-    (job.out / "pieces").rmdir()
     card.write(job.out)
+    remove(job.out / "pieces")

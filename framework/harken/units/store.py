@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harken.core.errors import HarkenError
+from harken.core.files import write_json_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Card:
 
     def write(self, folder: Path) -> None:
         """Write card.json into the folder of a store."""
-        (folder / "card.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json_atomic(folder / "card.json", asdict(self))
 
 
 class LabelStore:

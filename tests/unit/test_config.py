@@ -1,0 +1,217 @@
+"""Configurations: what is refused and how it is said, what overrides what, and where each value came from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from harken.apps.main import main
+from harken.config.load import flatten, from_dict, load, presets, to_yaml
+from harken.config.registry import SLOTS, available, find
+from harken.config.schema import RunConfig
+from harken.core.errors import HarkenError
+
+SMALL: dict[str, Any] = {
+    "frontend": {"name": "filterbank", "subsampling": 2},
+    "encoder": {"name": "transformer", "dim": 64, "heads": 4},
+    "objective": {"name": "ctc", "tokenizer": "tokens.txt"},
+    "optimizer": {"name": "adamw"},
+    "schedule": {"name": "linear", "peak": 1e-3, "warmup_steps": 10},
+    "data": {"train": "train.jsonl"},
+    "batch": {"max_seconds": 60, "seconds_per_step": 120},
+    "train": {"steps": 100},
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    OmegaConf.save(OmegaConf.create(SMALL), tmp_path / "small.yaml")
+    return tmp_path / "small.yaml"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def refusal(small: Path, *overrides: str) -> str:
+    with pytest.raises(HarkenError) as caught:
+        load([small], overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        # unknown keys, with the nearest name
+        ("encoder.layer=6", "unknown key `encoder.layer`; did you mean `layers`?"),
+        ("train.step=6", "unknown key `train.step`; did you mean `steps`?"),
+        ("sead=6", "unknown key `sead`; did you mean `seed`?"),
+        ("log.qqqqqqqq=1", "unknown key `log.qqqqqqqq`; known: every_steps, peak_tflops, samples, tensorboard"),
+        ("schedule.hold_share=0.5", "unknown key `schedule.hold_share`"),
+        ("encoder.name=transfomer", "got `transfomer`; did you mean `transformer`?"),
+        ("optimizer.name=lion", "`optimizer.name` must be one of harken's optimizers or a module path, got `lion`; known: adamw"),
+        ("encoder.name=nowhere.to.be", "`encoder.name` is `nowhere.to.be`, and importing the module `nowhere.to.be` failed"),
+        ("encoder.name=json.decoder", "module `json.decoder` registers no encoder"),
+        # types
+        ("encoder.layers=many", "`encoder.layers` must be int, got 'many'"),
+        ("encoder.layers=2.5", "`encoder.layers` must be int, got 2.5"),
+        ("encoder.layers=true", "`encoder.layers` must be int, got True"),
+        ("encoder.dropout=much", "`encoder.dropout` must be float, got 'much'"),
+        ("encoder.dropout=true", "`encoder.dropout` must be float, got True"),
+        ("encoder.norm_first=1", "`encoder.norm_first` must be bool, got 1"),
+        ("encoder=6", "`encoder` must be a group of keys, got 6"),
+        ("data.speed=0.9", "`data.speed` must be list of float, got 0.9"),
+        ("data.speed=[0.9,fast]", "`data.speed[1]` must be float, got 'fast'"),
+        ("engine.zero_stage=4", "`engine.zero_stage` must be one of 0, 1, 2, 3, got 4"),
+        ("engine.precision=fp8", "`engine.precision` must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
+        ("engine.deepspeed=7", "`engine.deepspeed` must be dict"),
+        # rules
+        ("encoder.heads=7", "`encoder.dim` must be divisible by `encoder.heads`, got 64 and 7"),
+        ("batch.seconds_per_step=30", "`batch.seconds_per_step` must be at least `batch.max_seconds`"),
+        ("data.max_seconds=61", "`batch.max_seconds` must hold the longest cut"),
+        ("data.min_seconds=31", "`data.min_seconds` must be at most `data.max_seconds`, got 31.0 and 30.0"),
+        ("data.speed=[3.0]", "`data.speed` factors must lie in 0.5..2, got [3.0]"),
+        ("checkpoint.keep_last=0", "`checkpoint.keep_last` must be at least 1, got 0"),
+        ("frontend.subsampling=3", "`frontend.subsampling` must be 1, 2, 4 or 8, got 3"),
+        # what is no override
+        ("", "an override is `key=value`, got ``"),
+        ("data.train=${nowhere}", "cannot resolve the configuration"),
+    ],
+)
+def test_a_mistake_is_named(small: Path, override: str, message: str) -> None:
+    assert message in refusal(small, override)
+
+
+def test_missing_values_are_named_with_their_type(tmp_path: Path) -> None:
+    settings = {key: value for key, value in SMALL.items() if key != "batch"}
+    settings["train"] = {}
+    with pytest.raises(HarkenError) as caught:
+        from_dict(settings)
+    assert str(caught.value).splitlines() == ["missing value for `batch` (BatchConfig)", "missing value for `train.steps` (int)"]
+
+
+def test_all_mistakes_are_told_at_once(small: Path) -> None:
+    text = refusal(small, "encoder.layer=6", "train.steps=often", "encoder.heads=7")
+    assert "`encoder.layer`" in text
+    assert "`train.steps`" in text
+
+
+def test_labels_and_speed_exclude_each_other(small: Path) -> None:
+    assert "give one of the two" in refusal(small, "data.labels=[units]", "data.speed=[0.9,1.1]")
+
+
+def test_a_mistake_stops_the_command_before_any_data_is_read(small: Path, tmp_path: Path, capsys) -> None:
+    assert main(["train", str(small), "encoder.layer=6", "--exp", str(tmp_path / "exp")]) == 2
+    error = capsys.readouterr().err
+    assert error == "harken train: unknown key `encoder.layer`; did you mean `layers`?\n"
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", ".001"])
+def test_every_spelling_of_a_number_is_a_number(small: Path, tmp_path: Path, text: str) -> None:
+    file = write(tmp_path / "rate.yaml", f"schedule: {{peak: {text}}}\n")
+    assert load([small, file]).config.schedule.peak == 0.001
+    assert load([small], [f"schedule.peak={text}"]).config.schedule.peak == 0.001
+
+
+def test_whole_numbers_serve_as_floats_and_digits_as_names(small: Path) -> None:
+    config = load([small], ["encoder.dropout=1", "data.train=1234"]).config
+    assert config.encoder.dropout == 1.0
+    assert isinstance(config.encoder.dropout, float)
+    assert config.data.train == "1234"
+
+
+def test_later_files_and_arguments_win_and_the_origin_is_known(small: Path, tmp_path: Path) -> None:
+    second = write(tmp_path / "second.yaml", "encoder: {layers: 3, heads: 8}\n")
+    loaded = load([small, second], ["encoder.heads=2", "seed=9"])
+    assert (loaded.config.encoder.layers, loaded.config.encoder.heads, loaded.config.encoder.dim) == (3, 2, 64)
+    assert loaded.origin["encoder.dim"] == str(small)
+    assert loaded.origin["encoder.layers"] == str(second)
+    assert loaded.origin["encoder.heads"] == "argument encoder.heads=2"
+    assert "encoder.dropout" not in loaded.origin
+    rows = {line.split()[0]: line.split("# ")[-1] for line in loaded.table().splitlines()}
+    assert rows["encoder.heads"] == "argument encoder.heads=2"
+    assert rows["encoder.dropout"] == "default"
+    assert rows.keys() >= flatten(asdict(loaded.config)).keys()
+
+
+def test_base_files_are_found_beside_the_file_and_merged_before_it(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "inner/first.yaml", "base: ../small.yaml\nencoder: {layers: 5, heads: 2}\n")
+    write(tmp_path / "inner/second.yaml", "seed: 5\n")
+    file = write(tmp_path / "run.yaml", "base: [inner/first.yaml, inner/second.yaml]\nencoder: {heads: 8}\n")
+    loaded = load([file])
+    assert (loaded.config.encoder.layers, loaded.config.encoder.heads, loaded.config.seed) == (5, 8, 5)
+    assert loaded.origin["encoder.layers"] == str(tmp_path / "inner/first.yaml")
+
+
+def test_another_part_in_a_slot_drops_what_was_said_of_the_old_one(small: Path) -> None:
+    loaded = load([small], ["schedule.name=tri_stage", "schedule.peak=2e-3"])
+    assert (loaded.config.schedule.name, loaded.config.schedule.peak) == ("tri_stage", 2e-3)
+    assert "schedule.warmup_steps" not in loaded.origin
+    same = load([small], ["schedule.name=linear"])
+    assert same.config.schedule.warmup_steps == 10, "the same part keeps its keys"
+
+
+def test_files_that_cannot_be_used_are_named(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(HarkenError, match="no configuration file or preset `hubert_bas`; did you mean `hubert_base`?"):
+        load(["hubert_bas"])
+    with pytest.raises(HarkenError, match="is not valid YAML"):
+        load([write(tmp_path / "broken.yaml", "a: [1, 2\nb: }")])
+    with pytest.raises(HarkenError, match="must hold a group of keys, got list"):
+        load([write(tmp_path / "list.yaml", "- 1\n- 2\n")])
+
+
+def every_key() -> list[tuple[str, str]]:
+    """Return the dotted names of all fields, those of each part of each slot too, with the slot's override."""
+    keys = [(key, "") for key in flatten(asdict(from_dict(SMALL))) if key.split(".")[0] not in SLOTS]
+    for slot in SLOTS:
+        for name in available(slot):
+            keys += [(f"{slot}.{key}", name) for key in find(slot, name).config.__dataclass_fields__ if key != "name"]
+    return keys
+
+
+@pytest.mark.parametrize(("key", "part"), every_key())
+def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, part: str) -> None:
+    """Each value is given once more as an argument, and comes back as it was, by that argument."""
+    slot = key.split(".")[0]
+    required = {"hubert": ["objective.classes=[7]"], "constant": ["schedule.rate=1e-3"], "ctc": ["objective.tokenizer=t"]}
+    peak = ["schedule.peak=1e-3", "schedule.warmup_steps=5"]
+    base = [f"{slot}.name={part}", *required.get(part, [])] if part else []
+    base += peak[: {"linear": 2, "tri_stage": 1}.get(part, 0)]
+    before = load([small], base).config
+    value = flatten(asdict(before)).get(key, {})
+    text = OmegaConf.to_yaml(OmegaConf.create({"v": value}), resolve=True).strip()[2:].strip() if value != () else "[]"
+    if isinstance(value, tuple | dict):
+        text = str(list(value) if isinstance(value, tuple) else value).replace("'", "")
+    argument = f"{key}={text}"
+    loaded = load([small], [*base, argument])
+    assert loaded.config == before
+    assert loaded.origin.get(key, f"argument {argument}" if value == {} else None) == f"argument {argument}"
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_whole_but_for_the_data(name: str) -> None:
+    given = ["data.train=train.jsonl", "data.labels=[units]"]
+    config = load([name], given).config
+    assert from_dict(asdict(config)) == config
+
+
+def test_yaml_survives_the_round_trip(small: Path, tmp_path: Path) -> None:
+    config = load([small], ["data.speed=[0.9, 1.0]", "engine.deepspeed.comms_logger.enabled=true", "schedule.peak=1e-5"]).config
+    assert load([write(tmp_path / "again.yaml", to_yaml(config))]).config == config
+    assert isinstance(config, RunConfig)
+
+
+def test_harken_config_prints_values_and_origins(small: Path, tmp_path: Path, capsys) -> None:
+    assert main(["config", str(small), "seed=4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("seed ") and line.endswith("4  # argument seed=4") or "# argument seed=4" in line for line in lines)
+    assert main(["config", str(small), "seed=4", "--yaml"]) == 0
+    assert load([write(tmp_path / "printed.yaml", capsys.readouterr().out)]).config.seed == 4
+    assert main(["config", str(small), "sead=4"]) == 2
