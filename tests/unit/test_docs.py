@@ -193,18 +193,30 @@ def test_every_page_is_in_the_index() -> None:
     assert [name for name in PAGES if name != "README.md" and f"({name})" not in index] == []
 
 
+def literal(node: ast.AST) -> str | None:
+    """A text of the code with `\\0` for what is filled in, None for what is no text."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
 def messages() -> list[str]:
-    """Every text of the code, with `\\0` for what is filled in when it is printed."""
+    """Every text of the code, every line of the scripts, and the texts that are printed behind a word."""
     found = []
     for path in sorted([*(ROOT / "framework").rglob("*.py"), *(ROOT / "egs").glob("*/local/*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    scripts = [*(ROOT / "egs").glob("*/*.sh"), *(ROOT / "tools").glob("*.sh")]
-    return [*found, *(re.sub(r"\$\{?\w+\}?|\" \\\n\s*\"", "\0", path.read_text()) for path in scripts)]
+            if (text := literal(node)) is not None:
+                found.append(text)
+            elif isinstance(node, ast.Call):
+                texts = [text if (text := literal(argument)) is not None else "\0" for argument in node.args]
+                if ast.unparse(node.func) == "Note" and len(texts) == 3:
+                    found.append(f"NOTE {texts[0]}: {texts[2]}")
+                elif ast.unparse(node.func).endswith(".lacks"):
+                    found.append(f"missing: {texts[1]}")
+    for path in [*(ROOT / "egs").glob("*/*.sh"), *(ROOT / "tools").glob("*.sh")]:
+        joined = re.sub(r'" \\\n\s*"', " ", path.read_text(encoding="utf-8"))
+        found += re.sub(r"\$\{?\w+\}?|\$\(.*?\)", "\0", joined).splitlines()
+    return found
 
 
 MESSAGE_TABLE = re.compile(r"^\| (?:you see|message) \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
@@ -219,7 +231,7 @@ def test_every_message_that_a_page_quotes_is_in_the_code(page: str) -> None:
     code = messages()
     lost = []
     for text in quoted:
-        pattern = re.compile(".*".join(map(re.escape, text.split("..."))), re.DOTALL)
+        pattern = re.compile(".*".join(map(re.escape, re.split(r"\.\.\.|\bN\b", text))), re.DOTALL)
         if not any(pattern.search(message) for message in code):
             lost.append(text)
     assert lost == []
