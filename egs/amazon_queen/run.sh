@@ -77,7 +77,7 @@ make_units() { # OUT CLUSTERS ARGUMENT...: fit the clusters, label what pretrain
   "${harken[@]}" units check "$out/labels"
 }
 stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
-  make_units "$exp/units1" "$clusters1" --features mfcc --normalize
+  make_units "$exp/units1" "$clusters1" --features mfcc --subtract-mean --average 4
 
 train_model() { # FOLDER [--force] ARGUMENT...: a run that is there is continued, with --force it is put aside
   local folder="$1"

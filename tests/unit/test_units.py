@@ -50,13 +50,16 @@ def frames(corpus) -> np.ndarray:
 
 
 def test_inertia_is_scikit_learns(frames: np.ndarray) -> None:
+    """Means of four seeds: one seed of either differs from another by 1%."""
     from sklearn.cluster import KMeans
 
-    expected = KMeans(50, n_init=3, random_state=0).fit(frames).inertia_
-    centroids, inertia = fit(frames, KMeansConfig(clusters=50, tolerance=1e-5, lloyd_passes=100), quiet)
-    print(f"{len(frames)} frames, 50 clusters: {inertia / expected:.4f} of scikit-learn's inertia")
+    expected = np.mean([KMeans(50, n_init=1, random_state=seed).fit(frames).inertia_ for seed in range(4)])
+    fits = [fit(frames, KMeansConfig(clusters=50, seed=seed), quiet) for seed in range(4)]
+    found = np.mean([inertia for _, inertia in fits])
+    print(f"{len(frames)} frames, 50 clusters: {found / expected:.4f} of scikit-learn's inertia")
+    assert found <= 1.01 * expected
+    centroids, inertia = fits[0]
     assert centroids.shape == (50, 39)
-    assert inertia <= 1.01 * expected
     distances = ((frames[:, None, :] - centroids[None]) ** 2).sum(-1)
     assert inertia == pytest.approx(float(distances.min(1).astype(np.float64).sum()), rel=1e-4), "it says what it reached"
 
@@ -109,16 +112,16 @@ def test_the_sample_is_bounded_and_seeded(corpus) -> None:
 
 @pytest.fixture(scope="module")
 def long_audio(tmp_path_factory) -> Path:
-    """30 minutes in 36 cuts of 50 s out of one file, so that labels outweigh their index."""
+    """10 minutes in 24 cuts of 25 s out of one file, so that labels outweigh their index."""
     import soundfile
     from lhotse import CutSet, MonoCut, Recording
 
     root = tmp_path_factory.mktemp("long")
     rng = np.random.default_rng(0)
-    tone = np.sin(np.cumsum(np.repeat(rng.uniform(0.05, 1.5, 640), 1600)))
+    tone = np.sin(np.cumsum(np.repeat(rng.uniform(0.05, 1.5, 320), 1600)))
     soundfile.write(root / "audio.flac", 0.3 * tone + 0.05 * rng.standard_normal(len(tone)), 16000)
     recording = Recording.from_file(root / "audio.flac")
-    cuts = [MonoCut(f"cut{index:02d}", index * 0.3, 50.0, 0, recording=recording) for index in range(36)]
+    cuts = [MonoCut(f"cut{index:02d}", index * 0.3, 25.0, 0, recording=recording) for index in range(24)]
     CutSet.from_cuts(cuts).to_jsonl(root / "long.jsonl")
     return root / "long.jsonl"
 
@@ -138,7 +141,7 @@ def size_of(folder: Path) -> int:
 def start(folder: Path, manifest: Path, clusterer: Path, processes: int) -> subprocess.Popen[str]:
     """Begin a labelling whose output and temporary files all lie below `folder`."""
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    job = {"out": str(folder / "store"), "manifest": str(manifest), "clusterer": str(clusterer), "processes": processes, "max_seconds": 50.0}
+    job = {"out": str(folder / "store"), "manifest": str(manifest), "clusterer": str(clusterer), "processes": processes, "max_seconds": 25.0}
     (folder / "job.json").write_text(json.dumps(job))
     return subprocess.Popen(
         [sys.executable, str(WORKER), str(folder / "job.json")],
@@ -159,7 +162,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def test_labels_do_not_depend_on_processes_or_kills_and_take_their_size_on_disk(corpus, long_audio: Path, tmp_path: Path) -> None:
     killed = start(tmp_path / "killed", long_audio, corpus.clusterer, 1)
     limit = time.monotonic() + 60
-    while not (done := list((tmp_path / "killed/store/pieces").glob("*.json"))):
+    while not list((tmp_path / "killed/store/pieces").glob("*.json")):
         assert killed.poll() is None, killed.communicate()[0]
         assert time.monotonic() < limit
         time.sleep(0.001)
@@ -168,7 +171,7 @@ def test_labels_do_not_depend_on_processes_or_kills_and_take_their_size_on_disk(
     with pytest.raises(HarkenError, match="its labelling did not finish: run the same `harken units label` again"):
         LabelStore(tmp_path / "killed/store")
     output = finish(start(tmp_path / "killed", long_audio, corpus.clusterer, 1))
-    assert f"{5 - len(done)} of 5 pieces to do" in output or "of 5 pieces to do" in output
+    assert any(f"{left} of 3 pieces to do" in output for left in (1, 2)), "what was done is not done again"
 
     two = start(tmp_path / "two", long_audio, corpus.clusterer, 2)
     peak = 0
@@ -177,9 +180,9 @@ def test_labels_do_not_depend_on_processes_or_kills_and_take_their_size_on_disk(
         time.sleep(0.005)
     finish(two)
 
-    job = Job(tmp_path / "one/store", (str(long_audio),), str(corpus.clusterer), functools.partial(make_features, "mfcc"), 16000, 50.0)
+    job = Job(tmp_path / "one/store", (str(long_audio),), str(corpus.clusterer), functools.partial(make_features, "mfcc"), 16000, 25.0)
     card = label(job, 1, quiet)
-    assert card.labels == 36 * Mfcc().spec.num_frames(50 * 16000)
+    assert card.labels == 24 * Mfcc().spec.num_frames(25 * 16000)
     for name in FILES:
         contents = {run: (tmp_path / run / "store" / name).read_bytes() for run in ("one", "two", "killed")}
         assert contents["two"] == contents["one"], name
@@ -234,8 +237,8 @@ def test_a_finished_labelling_is_not_done_again(corpus) -> None:
     assert (corpus.labels / "labels.bin").stat().st_mtime_ns == before
     with pytest.raises(HarkenError, match="holds labels of other audio, features or clusters"):
         label(replace(job, manifests=(str(corpus.train),)), 1, quiet)
-    with pytest.raises(HarkenError, match="clusters `mfcc39 16000 Hz`, and these features are `mfcc39 16000 Hz normalized`"):
-        label(replace(job, features=functools.partial(make_features, "mfcc", normalize=True)), 1, quiet)
+    with pytest.raises(HarkenError, match="clusters `mfcc39 16000 Hz`, and these features are `mfcc39 16000 Hz without mean`"):
+        label(replace(job, features=functools.partial(make_features, "mfcc", subtract_mean=True)), 1, quiet)
 
 
 def test_a_labelling_killed_before_its_card_is_finished_and_no_other_folder_is_touched(corpus, tmp_path: Path) -> None:

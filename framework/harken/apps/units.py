@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--features", choices=("mfcc", "hidden"), default="mfcc")
         sub.add_argument("--model", help="saved model or experiment, for hidden features")
         sub.add_argument("--layer", type=int, help="block whose output is clustered, from 1; 0 is the encoder's input")
-        sub.add_argument("--normalize", action="store_true", help="normalise MFCC over each utterance")
+        sub.add_argument("--subtract-mean", action="store_true", help="take the mean of each utterance's MFCC away")
+        sub.add_argument("--average", type=int, default=1, help="average MFCC over N frames; 4 for frames of 40 ms (1)")
         sub.add_argument("--sample-rate", type=int, default=16000)
         sub.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
     check = verbs.add_parser("check", help="judge a label store; status 1 when something is wrong")
@@ -56,7 +57,8 @@ def _features(args: argparse.Namespace) -> functools.partial[Features]:
         args.features,
         model=args.model,
         layer=args.layer,
-        normalize=args.normalize,
+        subtract_mean=args.subtract_mean,
+        average=args.average,
         sample_rate=args.sample_rate,
     )
 

@@ -117,6 +117,9 @@ class DeepSpeedEngine:
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=trainable, config=settings, dist_init_required=False
         )
+        if distributed.world_size() == 1 and config.zero_stage == 0:
+            # alone, DeepSpeed would still copy all gradients into a buffer and back: a copy's time and memory
+            self._engine.enable_backward_allreduce = False
         self.model: nn.Module = self._engine.module
         self.device = distributed.device()
         self.grad_norm = 0.0

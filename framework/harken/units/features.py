@@ -39,18 +39,22 @@ class Mfcc:
     """13 MFCC with first and second differences, 39 values every 10 ms (HuBERT's first iteration).
 
     Source: arXiv 2106.07447 section IV-A; Kaldi's MFCC without energy and dither.
-    normalize: give each coefficient of each utterance zero mean and unit variance, which takes speaker and channel out.
+    subtract_mean: take each coefficient's mean over the utterance away, and with it much of speaker and channel.
+    average: frames over which features are averaged before they are clustered, 1 for none. 4 suits encoders at 40 ms a frame.
     """
 
     sample_rate: int = 16000
-    normalize: bool = False
+    subtract_mean: bool = False
+    average: int = 1
 
     def __post_init__(self) -> None:
         self.spec = FrameSpec((Window(self.sample_rate * 25 // 1000, self.sample_rate // 100),), self.sample_rate)
 
     def describe(self) -> str:
         """Return the name and settings."""
-        return f"mfcc39 {self.sample_rate} Hz" + (" normalized" if self.normalize else "")
+        text = f"mfcc39 {self.sample_rate} Hz"
+        text += " without mean" if self.subtract_mean else ""
+        return text + (f" averaged over {self.average}" if self.average > 1 else "")
 
     def __call__(self, batch: Batch) -> list[Frames]:
         """Return `(T, 39)` for each row."""
@@ -69,10 +73,19 @@ class Mfcc:
         mfcc.input_finished()
         frames = [mfcc.get_frame(index) for index in range(mfcc.num_frames_ready)]
         static = np.asarray(frames, dtype=np.float32).reshape(len(frames), 13)
-        if self.normalize and len(static):
-            static = ((static - static.mean(0)) / (static.std(0) + 1e-5)).astype(np.float32)
+        if self.subtract_mean and len(static):
+            static -= static.mean(0)
         first = differences(static)
-        return np.concatenate([static, first, differences(first)], axis=1)
+        return moving_average(np.concatenate([static, first, differences(first)], axis=1), self.average)
+
+
+def moving_average(x: Frames, width: int) -> Frames:
+    """Return the mean of `width` frames around each of `x` `(T, D)`, edges repeated."""
+    if width <= 1 or not len(x):
+        return x
+    padded = np.pad(x, ((width // 2, width - 1 - width // 2), (0, 0)), mode="edge")
+    smooth: Frames = np.lib.stride_tricks.sliding_window_view(padded, width, axis=0).mean(-1, dtype=np.float32)
+    return smooth
 
 
 def differences(x: Frames) -> Frames:
@@ -115,14 +128,22 @@ def make_features(
     *,
     model: str | Path | None = None,
     layer: int | None = None,
-    normalize: bool = False,
+    subtract_mean: bool = False,
+    average: int = 1,
     sample_rate: int = 16000,
 ) -> Features:
-    """Make features by name: `mfcc`, or `hidden` of a model's layer."""
+    """Make features by name: `mfcc`, or `hidden` of a model's layer.
+
+    Raises HarkenError for settings that do not fit each other.
+    """
+    if average < 1:
+        raise HarkenError(f"`--average` must be at least 1, got {average}")
     if kind == "mfcc":
-        return Mfcc(sample_rate, normalize)
+        return Mfcc(sample_rate, subtract_mean=subtract_mean, average=average)
     if kind != "hidden":
         raise HarkenError(f"`--features` must be `mfcc` or `hidden`, got `{kind}`")
     if model is None or layer is None:
         raise HarkenError("`--features hidden` needs `--model` and `--layer`")
+    if subtract_mean or average > 1:
+        raise HarkenError("`--subtract-mean` and `--average` are for `--features mfcc`")
     return Hidden(str(model), layer)
