@@ -45,7 +45,7 @@ class Corpus:
     labels: Path
 
     def settings(self, objective: str, frontend: str) -> dict[str, Any]:
-        """Return the plain data of a run: eight ragged micro-batches a step, dropout and layer drop on."""
+        """Return the plain data of a run: eight ragged micro-batches a step, three steps an epoch, dropout on."""
         parts: dict[str, dict[str, Any]] = {
             "hubert": {"name": "hubert", "classes": [CLUSTERS], "code_dim": 16, "mask_length": 4},
             "ctc": {
@@ -69,7 +69,7 @@ class Corpus:
                 "max_seconds": 3.1,
                 "workers": 0,
             },
-            "batch": {"max_seconds": 4.0, "seconds_per_step": 32.0},
+            "batch": {"max_seconds": 6.0, "seconds_per_step": 48.0},
             "train": {"steps": 6},
             "engine": {"threads": 1},
             "checkpoint": {"every_steps": 100},

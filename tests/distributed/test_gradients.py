@@ -45,7 +45,6 @@ def steps(corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         objective, frontend, layer_drop = CASES[path.stem]
         settings = corpus.settings(objective, frontend)
         settings["encoder"]["layer_drop"] = layer_drop
-        settings["batch"] = {"max_seconds": 6.5, "seconds_per_step": 52.0}  # at least two utterances in a micro-batch
         OmegaConf.save(OmegaConf.create(settings), path)
     for world in WORLDS:
         (folder / str(world)).mkdir()

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("worker_train.py")
 STEPS = 6
-HALF = 4
+STOP = 4
 # processes, objective, frontend, ZeRO stage
 CASES = [
     (1, "hubert", "filterbank", 0),
@@ -36,7 +36,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def write_config(corpus, path: Path, objective: str, frontend: str, **changes: dict[str, Any]) -> Path:
-    """Dropout, layer drop, an average of the weights and validation are on; an epoch has four steps."""
+    """Dropout, layer drop, an average of the weights and validation are on; an epoch has three steps."""
     settings = corpus.settings(objective, frontend)
     settings["data"]["valid"] = str(corpus.valid)
     settings["train"].update(steps=STEPS, valid_every_steps=5, ema_decay=0.9)
@@ -128,7 +128,7 @@ def runs(corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             if workers == WORKERS[0]:
                 whole[processes].append((config, folder / f"{run_name(case)}-whole", 0))
-            first[processes].append((config, folder / name, HALF))
+            first[processes].append((config, folder / name, STOP))
             second[processes].append((config, folder / name, 0))
     parts = [whole, first, second]
     run_workers(folder, [{"processes": processes, "jobs": part[processes]} for part in parts for processes in (1, 2)])

@@ -54,8 +54,14 @@ def refusal(small: Path, *overrides: str) -> str:
         ("log.qqqqqqqq=1", "unknown key `log.qqqqqqqq`; known: every_steps, peak_tflops, samples, tensorboard"),
         ("schedule.hold_share=0.5", "unknown key `schedule.hold_share`"),
         ("encoder.name=transfomer", "got `transfomer`; did you mean `transformer`?"),
-        ("optimizer.name=lion", "`optimizer.name` must be one of harken's optimizers or a module path, got `lion`; known: adamw"),
-        ("encoder.name=nowhere.to.be", "`encoder.name` is `nowhere.to.be`, and importing the module `nowhere.to.be` failed"),
+        (
+            "optimizer.name=lion",
+            "`optimizer.name` must be one of harken's optimizers or a module path, got `lion`; known: adamw",
+        ),
+        (
+            "encoder.name=nowhere.to.be",
+            "`encoder.name` is `nowhere.to.be`, and importing the module `nowhere.to.be` failed",
+        ),
         ("encoder.name=json.decoder", "module `json.decoder` registers no encoder"),
         # types
         ("encoder.layers=many", "`encoder.layers` must be int, got 'many'"),
@@ -92,7 +98,10 @@ def test_missing_values_are_named_with_their_type(tmp_path: Path) -> None:
     settings["train"] = {}
     with pytest.raises(HarkenError) as caught:
         from_dict(settings)
-    assert str(caught.value).splitlines() == ["missing value for `batch` (BatchConfig)", "missing value for `train.steps` (int)"]
+    assert str(caught.value).splitlines() == [
+        "missing value for `batch` (BatchConfig)",
+        "missing value for `train.steps` (int)",
+    ]
 
 
 def test_all_mistakes_are_told_at_once(small: Path) -> None:
@@ -159,7 +168,7 @@ def test_another_part_in_a_slot_drops_what_was_said_of_the_old_one(small: Path) 
 
 
 def test_files_that_cannot_be_used_are_named(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(HarkenError, match="no configuration file or preset `hubert_bas`; did you mean `hubert_base`?"):
+    with pytest.raises(HarkenError, match=r"no configuration file or preset `hubert_bas`; did you mean `hubert_base`?"):
         load(["hubert_bas"])
     with pytest.raises(HarkenError, match="is not valid YAML"):
         load([write(tmp_path / "broken.yaml", "a: [1, 2\nb: }")])
@@ -179,8 +188,12 @@ def every_key() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("key", "part"), every_key())
 def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, part: str) -> None:
     """Each value is given once more as an argument, and comes back as it was, by that argument."""
-    slot = key.split(".")[0]
-    required = {"hubert": ["objective.classes=[7]"], "constant": ["schedule.rate=1e-3"], "ctc": ["objective.tokenizer=t"]}
+    slot = key.split(".", maxsplit=1)[0]
+    required = {
+        "hubert": ["objective.classes=[7]"],
+        "constant": ["schedule.rate=1e-3"],
+        "ctc": ["objective.tokenizer=t"],
+    }
     peak = ["schedule.peak=1e-3", "schedule.warmup_steps=5"]
     base = [f"{slot}.name={part}", *required.get(part, [])] if part else []
     base += peak[: {"linear": 2, "tri_stage": 1}.get(part, 0)]
@@ -203,7 +216,9 @@ def test_presets_are_whole_but_for_the_data(name: str) -> None:
 
 
 def test_yaml_survives_the_round_trip(small: Path, tmp_path: Path) -> None:
-    config = load([small], ["data.speed=[0.9, 1.0]", "engine.deepspeed.comms_logger.enabled=true", "schedule.peak=1e-5"]).config
+    config = load(
+        [small], ["data.speed=[0.9, 1.0]", "engine.deepspeed.comms_logger.enabled=true", "schedule.peak=1e-5"]
+    ).config
     assert load([write(tmp_path / "again.yaml", to_yaml(config))]).config == config
     assert isinstance(config, RunConfig)
 
@@ -211,7 +226,10 @@ def test_yaml_survives_the_round_trip(small: Path, tmp_path: Path) -> None:
 def test_harken_config_prints_values_and_origins(small: Path, tmp_path: Path, capsys) -> None:
     assert main(["config", str(small), "seed=4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("seed ") and line.endswith("4  # argument seed=4") or "# argument seed=4" in line for line in lines)
+    assert any(
+        (line.startswith("seed ") and line.endswith("4  # argument seed=4")) or "# argument seed=4" in line
+        for line in lines
+    )
     assert main(["config", str(small), "seed=4", "--yaml"]) == 0
     assert load([write(tmp_path / "printed.yaml", capsys.readouterr().out)]).config.seed == 4
     assert main(["config", str(small), "sead=4"]) == 2

@@ -88,9 +88,7 @@ def test_greedy_of_no_frames_and_of_no_utterances() -> None:
 # Prefix beam search
 
 
-@pytest.mark.parametrize(
-    ("frames", "tokens"), [(1, 2), (1, 3), (2, 2), (3, 3), (4, 3), (5, 2), (5, 3), (4, 4)]
-)
+@pytest.mark.parametrize(("frames", "tokens"), [(1, 2), (1, 3), (2, 2), (3, 3), (4, 3), (5, 2), (5, 3), (4, 4)])
 @pytest.mark.parametrize("blank_last", [False, True])
 def test_a_wide_beam_finds_every_sequence_with_its_exact_probability(
     frames: int, tokens: int, *, blank_last: bool
@@ -250,19 +248,14 @@ def test_a_batch_is_searched_up_to_its_lengths_whatever_the_padding() -> None:
         padded = log_probs.clone()
         padded[1, 5:] = padded[0, 5:]
         padded[2] = math.nan
-        alone = [
-            search(log_probs[i : i + 1, :length], lengths[i : i + 1])[0]
-            for i, length in enumerate([12, 5, 0])
-        ]
+        alone = [search(log_probs[i : i + 1, :length], lengths[i : i + 1])[0] for i, length in enumerate([12, 5, 0])]
         assert search(padded, lengths) == alone
         assert search(padded.float(), lengths) == alone
         assert alone[2] == []
 
 
 def test_bonuses_lengthen_and_word_bonuses_count_words() -> None:
-    log_probs = torch.from_numpy(
-        np.stack([random_log_probs(seed, 30, 4, sharpness=0.5) for seed in range(6)])
-    )
+    log_probs = torch.from_numpy(np.stack([random_log_probs(seed, 30, 4, sharpness=0.5) for seed in range(6)]))
     lengths = torch.full((6,), 30)
     symbols = ["<blank>", "a", "<space>", "▁b"]
 

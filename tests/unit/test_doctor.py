@@ -64,9 +64,7 @@ def test_requirements_are_those_of_setup_py() -> None:
         ("torch>=99", "torch must be >=99, found 2", "'torch>=99'"),
     ],
 )
-def test_what_is_missing_comes_with_the_command_that_installs_it(
-    requirement: str, what: str, fix: str
-) -> None:
+def test_what_is_missing_comes_with_the_command_that_installs_it(requirement: str, what: str, fix: str) -> None:
     report = doctor.Report()
     doctor.check_requirements(report, ["numpy", requirement])
     (problem,) = report.problems

@@ -118,9 +118,7 @@ def test_the_interval_agrees_with_kaldialigns() -> None:
     generator = np.random.default_rng(2)
     refs = [list(generator.choice(list("abcdef"), generator.integers(1, 15))) for _ in range(200)]
     hyps = [[token if generator.random() > 0.25 else "x" for token in ref] for ref in refs]
-    low, high = bootstrap(
-        [count(align(ref, hyp)) for ref, hyp in zip(refs, hyps, strict=True)], resamples=4000
-    )
+    low, high = bootstrap([count(align(ref, hyp)) for ref, hyp in zip(refs, hyps, strict=True)], resamples=4000)
     theirs = kaldialign.bootstrap_wer_ci(refs, hyps, replications=4000)
     assert low == pytest.approx(theirs["ci95min"], abs=0.004)
     assert high == pytest.approx(theirs["ci95max"], abs=0.004)
@@ -260,9 +258,7 @@ def run(*arguments: str) -> int:
     return app.run(parser.parse_args(arguments))
 
 
-def test_score_writes_three_files_beside_the_hypotheses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_score_writes_three_files_beside_the_hypotheses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_hypotheses(tmp_path / "test.jsonl", FIVE)
     assert run(str(tmp_path / "test.jsonl"), "--resamples", "200", "--seed", "7") == 0
     out = tmp_path / "test-score"

@@ -55,7 +55,9 @@ def test_silence_has_the_floor_of_float32_and_no_infinity() -> None:
 
 
 def test_bands_beyond_the_audio_are_refused() -> None:
-    with pytest.raises(HarkenError, match="`frontend.low_hz` < `frontend.high_hz` <= 8000.0 must hold, got 20.0 and 9000.0"):
+    with pytest.raises(
+        HarkenError, match=r"`frontend.low_hz` < `frontend.high_hz` <= 8000.0 must hold, got 20.0 and 9000.0"
+    ):
         LogMel(FilterbankConfig(name="filterbank", high_hz=9000.0))
 
 
@@ -138,5 +140,5 @@ def test_features_are_made_by_name(corpus, tmp_path) -> None:
         make_features("hidden")
     with pytest.raises(HarkenError, match="must be `mfcc` or `hidden`, got `fbank`"):
         make_features("fbank")
-    with pytest.raises(HarkenError, match="no model at .*nothing"):
+    with pytest.raises(HarkenError, match=r"no model at .*nothing"):
         make_features("hidden", model=tmp_path / "nothing", layer=1)

@@ -60,9 +60,7 @@ def bad_arrows(root: Path) -> list[str]:
     found = []
     for package, module, path in modules(root):
         if package and package not in ALLOWED:
-            found.append(
-                f"{path}: package `{package}` has no place in ALLOWED: give it one, and one in docs/DESIGN.md"
-            )
+            found.append(f"{path}: package `{package}` has no place in ALLOWED: give it one, and one in docs/DESIGN.md")
             continue
         for line, name in imported_modules(path, module):
             parts = name.split(".")
@@ -140,9 +138,7 @@ def test_data_engine_and_train_know_no_objective_and_no_encoder() -> None:
 def test_the_order_has_no_circle() -> None:
     done: set[str] = set()
     while len(done) < len(ALLOWED):
-        ready = {
-            package for package, below in ALLOWED.items() if package not in done and below - {package} <= done
-        }
+        ready = {package for package, below in ALLOWED.items() if package not in done and below - {package} <= done}
         assert ready, f"these import each other: {sorted(set(ALLOWED) - done)}"
         done |= ready
 

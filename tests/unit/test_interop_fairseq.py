@@ -60,9 +60,7 @@ def objective(folder: Path, **frontend):
     `normalize` is off here.
     """
     model, _ = load_objective(folder)
-    model.backbone.frontend.config = replace(
-        model.backbone.frontend.config, **{"normalize": False, **frontend}
-    )
+    model.backbone.frontend.config = replace(model.backbone.frontend.config, **{"normalize": False, **frontend})
     return model
 
 
@@ -131,9 +129,7 @@ class TestGolden:
         together = backbone(wav, LENGTHS)
         alone = backbone(wav[1:, :12000], LENGTHS[1:])
         assert difference(together.last[1, : alone.last.shape[1]], alone.last[0]) < 1e-4
-        if (
-            kind == "base"
-        ):  # and with it, padding does change the output, so that the test above says something
+        if kind == "base":  # and with it, padding does change the output, so that the test above says something
             original = objective(folders[kind]).backbone(wav, LENGTHS)
             assert difference(original.last[1, : alone.last.shape[1]], alone.last[0]) > 1e-3
 

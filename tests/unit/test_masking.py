@@ -69,5 +69,5 @@ def test_probability_zero_masks_nothing() -> None:
 
 @pytest.mark.parametrize("settings", [{"probability": 1.1}, {"probability": -0.1}, {"length": 0}])
 def test_settings_without_sense_are_refused(settings) -> None:
-    with pytest.raises(HarkenError, match="a probability in 0..1 and a length of at least 1"):
+    with pytest.raises(HarkenError, match=r"a probability in 0..1 and a length of at least 1"):
         SpanMask(**settings)

@@ -136,9 +136,7 @@ def test_back_off_of_an_arpa_file_by_hand(tmp_path: Path) -> None:
         ("ngram 1=4", "ngram 1=3", "line 9: expected `\\2-grams:`"),
     ],
 )
-def test_a_broken_arpa_file_is_one_error_with_the_line(
-    tmp_path: Path, old: str, new: str, message: str
-) -> None:
+def test_a_broken_arpa_file_is_one_error_with_the_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in ARPA
     (tmp_path / "lm.arpa").write_text(ARPA.replace(old, new, 1))
     with pytest.raises(HarkenError) as error:

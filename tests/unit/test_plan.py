@@ -92,7 +92,9 @@ def test_without_shuffling_cuts_come_by_duration() -> None:
 
 
 def test_too_few_cuts_for_a_step_are_an_error() -> None:
-    with pytest.raises(HarkenError, match="5 cuts cannot fill steps of 8 micro-batches: lower `batch.seconds_per_step`"):
+    with pytest.raises(
+        HarkenError, match=r"5 cuts cannot fill steps of 8 micro-batches: lower `batch.seconds_per_step`"
+    ):
         plan_of(seconds=SECONDS[:5])
 
 
@@ -123,7 +125,10 @@ def loader(corpus, workers: int, rank: int = 0, world_size: int = 1, **options) 
     return TrainLoader(data, SMALL, random_part, seed=3, hop=320, rank=rank, world_size=world_size)
 
 
-def take(loader: TrainLoader, steps: int, start: Position = Position()) -> list[tuple[list[Batch], Position]]:
+FIRST = Position()
+
+
+def take(loader: TrainLoader, steps: int, start: Position = FIRST) -> list[tuple[list[Batch], Position]]:
     return list(itertools.islice(loader.steps(start), steps))
 
 
@@ -189,7 +194,9 @@ def test_crops_begin_at_whole_frames(corpus) -> None:
 def test_the_evaluation_loader_gives_every_cut_once_over_all_ranks(corpus) -> None:
     data = DataConfig(train=str(corpus.train), workers=0)
     for world_size in (1, 3):
-        loaders = [EvalLoader(str(corpus.valid), data, 6.0, as_it_is, rank=r, world_size=world_size) for r in range(world_size)]
+        loaders = [
+            EvalLoader(str(corpus.valid), data, 6.0, as_it_is, rank=r, world_size=world_size) for r in range(world_size)
+        ]
         turns = [list(own) for own in loaders]
         assert len({len(turn) for turn in turns}) == 1, "ranks stay in step"
         ids = [cut for turn in turns for batch, counts in turn if counts for cut in batch.ids]

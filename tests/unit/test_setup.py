@@ -52,9 +52,7 @@ def test_setup_installs_once_and_mends_what_was_cut_off(repository: Path) -> Non
     venv = repository / ".venv"
     assert f"environment {venv} is ready" in first
     (package,) = venv.glob("lib/python3*/site-packages/small-1.0.dist-info")
-    (pins,) = [
-        line for line in (venv / "harken-constraints.txt").read_text().splitlines() if "torch==" in line
-    ]
+    (pins,) = [line for line in (venv / "harken-constraints.txt").read_text().splitlines() if "torch==" in line]
     import torch
 
     assert pins == f"torch=={torch.__version__}", "the torch that is there must be pinned"

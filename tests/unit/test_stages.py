@@ -119,9 +119,7 @@ def test_a_stage_whose_output_is_gone_runs_again(recipe: Path) -> None:
 
 
 def test_a_failing_stage_names_the_log_and_shows_its_end(recipe: Path) -> None:
-    write_stages(
-        recipe, 'stage 1 one a b bash -c "seq 100; echo broken >&2; exit 7"\nstage 2 two a b echo never'
-    )
+    write_stages(recipe, 'stage 1 one a b bash -c "seq 100; echo broken >&2; exit 7"\nstage 2 two a b echo never')
     output = run(recipe, code=7)
     log = exp(recipe) / "logs/1-one.log"
     assert f"stage 1 one FAILED after 0 s with exit code 7; log: {log}; its last 15 lines:" in output
@@ -150,9 +148,7 @@ def test_a_signal_reaches_the_command_and_leaves_no_marker(recipe: Path, number:
     saved = recipe / "saved"
     body = f"trap 'echo saving; sleep 0.3; touch {saved}; exit 0' TERM; echo ready; while true; do sleep 0.1; done"
     (recipe / "loop.sh").write_text(body + "\n")
-    write_stages(
-        recipe, f"long() {{ bash {recipe}/loop.sh; }}\nstage 1 one a b long\nstage 2 two a b echo never"
-    )
+    write_stages(recipe, f"long() {{ bash {recipe}/loop.sh; }}\nstage 1 one a b long\nstage 2 two a b echo never")
     process = subprocess.Popen(
         ["bash", str(recipe / "run.sh"), "--mode", "short"],
         stdout=subprocess.PIPE,
@@ -196,9 +192,7 @@ def test_bad_options_are_one_clear_line(recipe: Path, arguments: list[str], mess
 
 
 def test_options_may_carry_an_equals_sign_and_recipes_their_own(recipe: Path) -> None:
-    output = run(
-        recipe, "--stage=2", "--stop-stage=2", "--flavour=a b", code=1
-    )  # no stage 1, so its file is missing
+    output = run(recipe, "--stage=2", "--stop-stage=2", "--flavour=a b", code=1)  # no stage 1, so its file is missing
     assert "a\\ b" in output
 
 
@@ -220,9 +214,7 @@ def test_help_lists_options_and_runs_nothing(recipe: Path) -> None:
 
 def test_the_default_recipe_explains_itself() -> None:
     script = ROOT / "egs/amazon_queen/run.sh"
-    done = subprocess.run(
-        ["bash", str(script), "--help"], capture_output=True, text=True, timeout=20, check=True
-    )
+    done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, timeout=20, check=True)
     assert "Examples:" in done.stdout
     assert done.stdout.count("egs/amazon_queen/run.sh --") >= 2
 
@@ -232,16 +224,12 @@ def test_every_script_parses() -> None:
     scripts = [path for path in scripts if path.suffix == ".sh" or path == ROOT / ".ci/run"]
     assert len(scripts) >= 7
     for script in scripts:
-        done = subprocess.run(
-            ["bash", "-n", str(script)], capture_output=True, text=True, timeout=20, check=False
-        )
+        done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=20, check=False)
         assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing() -> None:
     scripts = [*sorted((ROOT / "tools").glob("*.sh")), *sorted(SHARED.glob("*.sh")), ROOT / ".ci/run"]
-    done = subprocess.run(
-        ["shellcheck", *map(str, scripts)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout

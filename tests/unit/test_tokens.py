@@ -68,7 +68,7 @@ def test_what_cannot_be_encoded_or_found_is_named(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(characters(tmp_path))
     with pytest.raises(HarkenError, match=r"character 'Q' of `a Quiz` is not among the \d+ of the tokenizer"):
         tokenizer.encode("a Quiz")
-    with pytest.raises(HarkenError, match="no tokenizer at .*none.txt; `harken data tokens MANIFEST --out"):
+    with pytest.raises(HarkenError, match=r"no tokenizer at .*none.txt; `harken data tokens MANIFEST --out"):
         load_tokenizer(tmp_path / "none.txt")
 
 

@@ -1,4 +1,4 @@
-"""Clusters and labels: the fit beside scikit-learn's, bits that do not depend on processes or kills, and what is refused."""
+"""Clusters and labels: the fit beside scikit-learn's, labels whatever the processes and kills, what is refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_inertia_is_scikit_learns(frames: np.ndarray) -> None:
     centroids, inertia = fits[0]
     assert centroids.shape == (50, 39)
     distances = ((frames[:, None, :] - centroids[None]) ** 2).sum(-1)
-    assert inertia == pytest.approx(float(distances.min(1).astype(np.float64).sum()), rel=1e-4), "it says what it reached"
+    assert inertia == pytest.approx(float(distances.min(1).astype(np.float64).sum()), rel=1e-4), (
+        "it says what it reached"
+    )
 
 
 def test_a_fit_is_a_function_of_its_seed(frames: np.ndarray) -> None:
@@ -101,7 +103,9 @@ def test_fewer_frames_than_clusters_are_an_error(frames: np.ndarray) -> None:
 
 def test_the_sample_is_bounded_and_seeded(corpus) -> None:
     data = DataConfig(train=str(corpus.train), workers=0)
-    samples = [sample_frames(str(corpus.train), Mfcc(), data, max_frames=2000, seed=seed, say=quiet) for seed in (0, 0, 1)]
+    samples = [
+        sample_frames(str(corpus.train), Mfcc(), data, max_frames=2000, seed=seed, say=quiet) for seed in (0, 0, 1)
+    ]
     assert len(samples[0]) == pytest.approx(2000, rel=0.1)
     assert np.array_equal(samples[0], samples[1])
     assert len(samples[0]) != len(samples[2]) or not np.array_equal(samples[0], samples[2])
@@ -132,7 +136,7 @@ def size_of(folder: Path) -> int:
     for path, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.stat(Path(path) / name).st_size
+                total += (Path(path) / name).stat().st_size
             except FileNotFoundError:
                 continue
     return total
@@ -141,7 +145,13 @@ def size_of(folder: Path) -> int:
 def start(folder: Path, manifest: Path, clusterer: Path, processes: int) -> subprocess.Popen[str]:
     """Begin a labelling whose output and temporary files all lie below `folder`."""
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    job = {"out": str(folder / "store"), "manifest": str(manifest), "clusterer": str(clusterer), "processes": processes, "max_seconds": 25.0}
+    job = {
+        "out": str(folder / "store"),
+        "manifest": str(manifest),
+        "clusterer": str(clusterer),
+        "processes": processes,
+        "max_seconds": 25.0,
+    }
     (folder / "job.json").write_text(json.dumps(job))
     return subprocess.Popen(
         [sys.executable, str(WORKER), str(folder / "job.json")],
@@ -159,7 +169,9 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
-def test_labels_do_not_depend_on_processes_or_kills_and_take_their_size_on_disk(corpus, long_audio: Path, tmp_path: Path) -> None:
+def test_labels_do_not_depend_on_processes_or_kills_and_take_their_size_on_disk(
+    corpus, long_audio: Path, tmp_path: Path
+) -> None:
     killed = start(tmp_path / "killed", long_audio, corpus.clusterer, 1)
     limit = time.monotonic() + 60
     while not list((tmp_path / "killed/store/pieces").glob("*.json")):
@@ -180,7 +192,14 @@ def test_labels_do_not_depend_on_processes_or_kills_and_take_their_size_on_disk(
         time.sleep(0.005)
     finish(two)
 
-    job = Job(tmp_path / "one/store", (str(long_audio),), str(corpus.clusterer), functools.partial(make_features, "mfcc"), 16000, 25.0)
+    job = Job(
+        tmp_path / "one/store",
+        (str(long_audio),),
+        str(corpus.clusterer),
+        functools.partial(make_features, "mfcc"),
+        16000,
+        25.0,
+    )
     card = label(job, 1, quiet)
     assert card.labels == 24 * Mfcc().spec.num_frames(25 * 16000)
     for name in FILES:
@@ -213,7 +232,9 @@ def test_labels_of_hidden_features_do_not_depend_on_processes(corpus, tmp_path: 
     save_model(tmp_path / "model", config, build_objective(config).state_dict())
     make = functools.partial(make_features, "hidden", model=str(tmp_path / "model"), layer=1)
     data = DataConfig(train=str(corpus.train), workers=0)
-    fit_clusterer(tmp_path / "km", str(corpus.train), make(), data, KMeansConfig(clusters=300), max_frames=10**6, say=quiet)
+    fit_clusterer(
+        tmp_path / "km", str(corpus.train), make(), data, KMeansConfig(clusters=300), max_frames=10**6, say=quiet
+    )
     cards = []
     for processes in (1, 2):
         manifests = (str(corpus.train), str(corpus.valid))
@@ -230,19 +251,35 @@ def test_labels_of_hidden_features_do_not_depend_on_processes(corpus, tmp_path: 
 
 def test_a_finished_labelling_is_not_done_again(corpus) -> None:
     said: list[str] = []
-    job = Job(corpus.labels, (str(corpus.train), str(corpus.valid)), str(corpus.clusterer), functools.partial(make_features, "mfcc"), 16000, 60.0)
+    job = Job(
+        corpus.labels,
+        (str(corpus.train), str(corpus.valid)),
+        str(corpus.clusterer),
+        functools.partial(make_features, "mfcc"),
+        16000,
+        60.0,
+    )
     before = (corpus.labels / "labels.bin").stat().st_mtime_ns
     label(job, 1, said.append)
     assert said == [f"{corpus.labels} is finished: nothing to do"]
     assert (corpus.labels / "labels.bin").stat().st_mtime_ns == before
     with pytest.raises(HarkenError, match="holds labels of other audio, features or clusters"):
         label(replace(job, manifests=(str(corpus.train),)), 1, quiet)
-    with pytest.raises(HarkenError, match="clusters `mfcc39 16000 Hz`, and these features are `mfcc39 16000 Hz without mean`"):
+    with pytest.raises(
+        HarkenError, match="clusters `mfcc39 16000 Hz`, and these features are `mfcc39 16000 Hz without mean`"
+    ):
         label(replace(job, features=functools.partial(make_features, "mfcc", subtract_mean=True)), 1, quiet)
 
 
 def test_a_labelling_killed_before_its_card_is_finished_and_no_other_folder_is_touched(corpus, tmp_path: Path) -> None:
-    job = Job(tmp_path / "store", (str(corpus.valid),), str(corpus.clusterer), functools.partial(make_features, "mfcc"), 16000, 60.0)
+    job = Job(
+        tmp_path / "store",
+        (str(corpus.valid),),
+        str(corpus.clusterer),
+        functools.partial(make_features, "mfcc"),
+        16000,
+        60.0,
+    )
     label(job, 1, quiet)
     expected = (tmp_path / "store/labels.bin").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
@@ -262,11 +299,19 @@ def test_unreadable_audio_is_named_and_the_rest_is_labelled(corpus, tmp_path: Pa
     (tmp_path / "bad.flac").write_bytes(b"fLaC" + bytes(100))
     data["recording"]["sources"][0]["source"] = str(tmp_path / "bad.flac")
     (tmp_path / "bad.jsonl").write_text("\n".join([*lines[:3], json.dumps(data), *lines[4:]]) + "\n")
-    job = Job(tmp_path / "store", (str(tmp_path / "bad.jsonl"),), str(corpus.clusterer), functools.partial(make_features, "mfcc"), 16000, 60.0)
+    job = Job(
+        tmp_path / "store",
+        (str(tmp_path / "bad.jsonl"),),
+        str(corpus.clusterer),
+        functools.partial(make_features, "mfcc"),
+        16000,
+        60.0,
+    )
     card = label(job, 1, quiet)
     assert card.cuts == 8
     (row,) = (tmp_path / "store/unreadable.tsv").read_text().splitlines()
-    assert row == f"valid-003\tcut `valid-003` ({tmp_path}/bad.flac) cannot be read: File contains data in an unimplemented format."
+    words = "cannot be read: File contains data in an unimplemented format."
+    assert row == f"valid-003\tcut `valid-003` ({tmp_path}/bad.flac) {words}"
     whole, store = LabelStore(corpus.labels), LabelStore(tmp_path / "store")
     for cut in Manifest(corpus.valid):
         if cut.id != "valid-003":
@@ -298,7 +343,7 @@ def make_store(folder: Path, values: dict[str, list[int]], clusters: int = 10) -
 
 
 def test_labels_meet_the_frames_whose_middle_is_nearest(tmp_path: Path) -> None:
-    """100 Hz labels under 50 Hz frames of the same window: every second label, from the first on or from a crop's start."""
+    """100 Hz labels under 50 Hz frames of the same window: every second label, from where the crop begins."""
     folder = make_store(tmp_path / "store", {"a": list(range(10)) * 10, "b": [3] * 50})
     spec = FrameSpec((Window(400, 320),), 16000)
     batch = Batch(
@@ -323,7 +368,9 @@ def test_labels_of_something_else_are_refused(corpus, tmp_path: Path) -> None:
         UnitReader([folder], spec, (10, 10))
     with pytest.raises(HarkenError, match="was labelled at 16000 Hz, the frontend reads 8000 Hz"):
         UnitReader([folder], FrameSpec((Window(200, 80),), 8000), (10,))
-    with pytest.raises(HarkenError, match="cut `a` has 20 labels in .* and needs 97: the audio or the label rate changed"):
+    with pytest.raises(
+        HarkenError, match=r"cut `a` has 20 labels in .* and needs 97: the audio or the label rate changed"
+    ):
         UnitReader([folder], spec, (10,)).read(batch, 49)
     with pytest.raises(HarkenError, match="no labels for cut `z`: it was made from another manifest"):
         UnitReader([folder], spec, (10,)).read(replace(batch, ids=("z",)), 49)
@@ -334,18 +381,18 @@ def test_a_store_that_is_missing_or_cut_is_named(tmp_path: Path) -> None:
         LabelStore(tmp_path / "none")
     folder = make_store(tmp_path / "store", {"a": [1] * 20})
     os.truncate(folder / "labels.bin", 10)
-    with pytest.raises(HarkenError, match="labels.bin must be 20 bytes by its card, found 10: make the labels again"):
+    with pytest.raises(HarkenError, match=r"labels.bin must be 20 bytes by its card, found 10: make the labels again"):
         LabelStore(folder)
 
 
 def test_a_clusterer_that_is_missing_or_changed_is_named(corpus, tmp_path: Path) -> None:
-    with pytest.raises(HarkenError, match="no clusterer at .*none; `harken units fit` makes one"):
+    with pytest.raises(HarkenError, match=r"no clusterer at .*none; `harken units fit` makes one"):
         Clusterer.load(tmp_path / "none")
     import shutil
 
     shutil.copytree(corpus.clusterer, tmp_path / "km")
     np.save(tmp_path / "km/centroids.npy", np.zeros((12, 39), dtype=np.float32))
-    with pytest.raises(HarkenError, match="centroids.npy is not as it was written: fit it again"):
+    with pytest.raises(HarkenError, match=r"centroids.npy is not as it was written: fit it again"):
         Clusterer.load(tmp_path / "km")
 
 

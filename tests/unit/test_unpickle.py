@@ -126,9 +126,7 @@ def test_objects_of_unknown_classes_become_records(tmp_path: Path, monkeypatch: 
 
 
 def test_configuration_objects_become_plain_data(tmp_path: Path) -> None:
-    config = OmegaConf.create(
-        {"model": {"layers": 3, "sizes": [1, 2.5], "gone": "???", "rate": "${task.rate}"}}
-    )
+    config = OmegaConf.create({"model": {"layers": 3, "sizes": [1, 2.5], "gone": "???", "rate": "${task.rate}"}})
     value = {
         "cfg": config,
         "args": argparse.Namespace(lr=[0.1], nested=argparse.Namespace(on=True)),

@@ -23,7 +23,14 @@ class SlowMfcc(Mfcc):
 
 def main(path: Path) -> None:
     data = json.loads(path.read_text())
-    job = Job(Path(data["out"]), (data["manifest"],), data["clusterer"], functools.partial(SlowMfcc, 16000), 16000, data["max_seconds"])
+    job = Job(
+        Path(data["out"]),
+        (data["manifest"],),
+        data["clusterer"],
+        functools.partial(SlowMfcc, 16000),
+        16000,
+        data["max_seconds"],
+    )
     label(job, data["processes"], print)
 
 

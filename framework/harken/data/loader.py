@@ -87,8 +87,7 @@ class TrainLoader:
     def steps(self, start: Position) -> Iterator[tuple[list[Batch], Position]]:
         """Iterate without end from a position; reaching the first batch costs the same wherever the position is."""
         stream = TaskStream(self.selection, self.batch, self.seed, self.rank, self.world_size, start)
-        loader = _loader(self.dataset, stream, self.config)
-        batches = iter(loader)
+        batches = _read(self.dataset, stream, self.config)
         per_rank = self.batch.micro_batches_per_step // self.world_size
         epoch, step = start.epoch, start.step
         while True:
@@ -123,14 +122,31 @@ class EvalLoader:
         rounds = -(-len(self.plan) // self.world_size)
         places = [turn * self.world_size + self.rank for turn in range(rounds)]
         tasks = [Task(0, place, 0, self.plan[min(place, len(self.plan) - 1)]) for place in places]
-        loader = _loader(self.dataset, tasks, self.config)
-        return ((batch, place < len(self.plan)) for batch, place in zip(loader, places, strict=True))
+        batches = _read(self.dataset, tasks, self.config)
+        return ((batch, place < len(self.plan)) for batch, place in zip(batches, places, strict=True))
 
 
-def _loader(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: DataConfig) -> DataLoader[Batch]:
+@dataclass(frozen=True)
+class _Spoken(torch.utils.data.Dataset[Batch | HarkenError]):
+    """Gives errors that are meant for the user as values: torch would wrap them in the worker's traceback."""
+
+    dataset: MicroBatches
+
+    def __getitem__(self, task: Task) -> Batch | HarkenError:
+        try:
+            return self.dataset[task]
+        except HarkenError as error:
+            return error
+
+
+def _read(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: DataConfig) -> Iterator[Batch]:
+    """Yield the batches of tasks in order, read by the workers.
+
+    Raises HarkenError as it was raised in a worker.
+    """
     atexit.register(_kill_workers)
-    return DataLoader(
-        dataset,
+    loader = DataLoader(
+        _Spoken(dataset),
         batch_size=None,
         sampler=tasks,
         num_workers=config.workers,
@@ -139,6 +155,10 @@ def _loader(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: Da
         worker_init_fn=_start_worker,
         collate_fn=None,
     )
+    for batch in loader:
+        if isinstance(batch, HarkenError):
+            raise batch
+        yield batch
 
 
 def _start_worker(worker: int) -> None:

@@ -27,7 +27,9 @@ def read_cut(cut: Cut, sample_rate: int) -> Samples:
     try:
         audio = cut.load_audio()
     except Exception as error:  # every backend of Lhotse raises its own kinds; all mean the same here
-        raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) cannot be read: {reason(error, _file(cut))}") from error
+        raise UnreadableAudioError(
+            f"cut `{cut.id}` ({_source(cut)}) cannot be read: {reason(error, _file(cut))}"
+        ) from error
     if audio is None or audio.size == 0:
         raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) holds no samples")
     samples: Samples = audio.mean(axis=0, dtype=np.float32)

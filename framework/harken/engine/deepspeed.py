@@ -117,8 +117,8 @@ class DeepSpeedEngine:
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=trainable, config=settings, dist_init_required=False
         )
-        if distributed.world_size() == 1 and config.zero_stage == 0:
-            # alone, DeepSpeed would still copy all gradients into a buffer and back: a copy's time and memory
+        self._alone = distributed.world_size() == 1 and config.zero_stage == 0
+        if self._alone:  # DeepSpeed would still copy all gradients into a buffer and back: a copy's time and memory
             self._engine.enable_backward_allreduce = False
         self.model: nn.Module = self._engine.module
         self.device = distributed.device()
@@ -134,6 +134,17 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks, harken sums
         self._engine.backward(total * distributed.world_size(), scale_wrt_gas=False)
+        if last and self._alone:
+            self._zero_missing_gradients()
+
+    def _zero_missing_gradients(self) -> None:
+        """Give parameters that no loss reached (a dropped layer's) a gradient of zero, as reducing over ranks does.
+
+        Without one the optimiser would pass them over, and a run would depend on the number of its processes.
+        """
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def step(self) -> bool:
         """Clip and take an optimiser step; return False when nothing changed for a gradient that was not finite."""
@@ -157,9 +168,14 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Read DeepSpeed's shards.
 
-        Raises HarkenError when they were saved by another number of processes or ZeRO stage.
+        Raises HarkenError when they were saved by another number of processes or ZeRO stage, or hold another model.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            raise HarkenError(f"{folder} holds another model: {' '.join(str(error).split())[:300]} ...") from error
         if path is None:
             raise HarkenError(
                 f"DeepSpeed could not load {folder}: "

@@ -88,7 +88,8 @@ class CtcPrepare:
             Note(
                 "left out",
                 cut,
-                f"its transcript of {len(tokens)} tokens needs {frames_needed(tokens)} frames, the model gives {have}",
+                f"the transcript of cut `{cut}` has {len(tokens)} tokens and needs {frames_needed(tokens)} frames, "
+                f"the model gives {have}",
             )
             for cut, tokens, have, fit in zip(batch.ids, sequences, places, fits, strict=True)
             if not fit

@@ -1,0 +1,246 @@
+"""Bad input gives one clear error, or is replaced, counted and named. Unknown keys are in test_config.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harken.apps.main import main
+from harken.train.checkpoint import Checkpoints, damaged
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Training takes SIGTERM and SIGINT for itself; give them back to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train(corpus, tmp_path: Path, capsys):
+    """Run `harken train` on the tiny corpus with changed settings; return its status, output and error."""
+
+    def run(objective: str, *overrides: str, steps: int = 2) -> tuple[int, str, str]:
+        config = corpus.yaml(tmp_path, objective, "filterbank")
+        status = main(["train", str(config), "--exp", str(tmp_path / "exp"), f"train.steps={steps}", *overrides])
+        out, error = capsys.readouterr()
+        return status, out, error
+
+    return run
+
+
+def state_of(exp: Path) -> dict[str, Any]:
+    return json.loads((max((exp / "checkpoints").glob("step-*")) / "state.json").read_text())
+
+
+def manifest_with(corpus, path: Path, change) -> Path:
+    """Copy the training manifest, each line as `change(number, data)` leaves it."""
+    lines = [json.loads(line) for line in corpus.train.read_text().splitlines()]
+    for number, data in enumerate(lines):
+        change(number, data)
+    path.write_text("".join(json.dumps(data) + "\n" for data in lines))
+    return path
+
+
+def with_bad_audio(corpus, tmp_path: Path, count: int) -> Path:
+    """Every fourth cut's file becomes noise, an empty file, half a file, or goes missing, `count` times."""
+    good = next((corpus.root / "audio").glob("*.flac")).read_bytes()
+    contents = [b"fLaC" + bytes(range(256)), b"", good[: len(good) // 2], None]
+
+    def change(number: int, data: dict[str, Any]) -> None:
+        if number % 4 == 0 and number // 4 < count:
+            path = tmp_path / f"bad{number:02}.flac"
+            if contents[number // 4 % 4] is not None:
+                path.write_bytes(contents[number // 4 % 4])
+            data["recording"]["sources"][0]["source"] = str(path)
+
+    return manifest_with(corpus, tmp_path / "bad.jsonl", change)
+
+
+def test_a_missing_manifest_is_named(train, tmp_path: Path) -> None:
+    status, _, error = train("hubert", f"data.train={tmp_path}/none.jsonl")
+    assert status == 2
+    assert (
+        error == f"harken train: no manifest at {tmp_path}/none.jsonl; `harken data scan` makes one from audio files\n"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corpus_that_has_moved_is_one_error(train, corpus, tmp_path: Path, workers: int) -> None:
+    def change(number: int, data: dict[str, Any]) -> None:
+        data["recording"]["sources"][0]["source"] = f"/nowhere/{number}.flac"
+
+    manifest = manifest_with(corpus, tmp_path / "moved.jsonl", change)
+    status, _, error = train("hubert", f"data.train={manifest}", f"data.workers={workers}")
+    assert status == 2
+    assert "cannot be read: no such file or directory; and 20 others drawn in its stead cannot be read either" in error
+    assert f"run `harken data verify {manifest}`" in error
+    assert error.startswith("harken train: cut `train-")
+    assert len(error.splitlines()) == 1
+
+
+def test_corrupt_audio_is_replaced_counted_and_named(train, corpus, tmp_path: Path) -> None:
+    manifest = with_bad_audio(corpus, tmp_path, 4)
+    status, out, error = train("hubert", f"data.train={manifest}", "data.workers=1", steps=3)
+    assert (status, error) == (0, "")
+    replaced = state_of(tmp_path / "exp")["noted"]["replaced"]
+    assert sorted(replaced) == ["train-000", "train-004", "train-008", "train-012"]
+    for cut, words in {
+        "train-000": "File contains data in an unimplemented format.",
+        "train-004": "empty file (0 bytes)",
+        "train-008": "flac decoder lost sync.",
+        "train-012": "no such file or directory",
+    }.items():
+        file = tmp_path / f"bad{int(cut[-3:]):02}.flac"
+        assert replaced[cut].startswith(f"cut `{cut}` ({file}) cannot be read: {words}; `train-0"), replaced[cut]
+        assert replaced[cut].endswith("took its place")
+        assert out.count(f"NOTE replaced: {replaced[cut]}\n") == 1
+    samples = [json.loads(line) for line in (tmp_path / "exp/samples.rank0.jsonl").read_text().splitlines()]
+    assert not {cut for row in samples for cut in row["ids"]} & set(replaced), "none of them was trained on"
+
+
+def test_a_run_stops_when_too_much_cannot_be_read(train, corpus, tmp_path: Path) -> None:
+    manifest = with_bad_audio(corpus, tmp_path, 16)
+    status, _, error = train("hubert", f"data.train={manifest}", "data.max_bad_share=0.1", steps=8)
+    assert status == 2
+    (line,) = error.splitlines()
+    assert "cuts could not be read, more than `data.max_bad_share` 0.1: train-0" in line
+    assert line.endswith(f"run `harken data verify {manifest}`")
+    status, _, _ = train("hubert", f"data.train={manifest}", "data.max_bad_share=0.9", steps=3)
+    assert status == 0
+
+
+def test_labels_with_another_number_of_classes_are_refused(train, corpus) -> None:
+    status, _, error = train("hubert", "objective.classes=[500]")
+    assert status == 2
+    assert error == f"harken train: `objective.classes` must equal the clusters of {corpus.labels}, got 500 and 12\n"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_labels_of_another_manifest_are_refused(train, corpus, tmp_path: Path, workers: int) -> None:
+    def change(number: int, data: dict[str, Any]) -> None:
+        data["id"] = f"other-{number}"
+
+    manifest = manifest_with(corpus, tmp_path / "other.jsonl", change)
+    status, _, error = train("hubert", f"data.train={manifest}", f"data.workers={workers}")
+    assert status == 2
+    (line,) = error.splitlines()
+    assert line.startswith(f"harken train: label store {corpus.labels} has no labels for cut `other-")
+    assert line.endswith("it was made from another manifest")
+
+
+def test_missing_labels_and_tokenizers_are_named(train, corpus, tmp_path: Path) -> None:
+    assert "no finished label store at nowhere" in train("hubert", "data.labels=[nowhere]")[2]
+    assert "`data.labels` must name a unit store for each codebook" in train("hubert", "data.labels=[]")[2]
+    assert "no tokenizer at nowhere; `harken data tokens" in train("ctc", "objective.tokenizer=nowhere")[2]
+
+
+def test_a_transcript_longer_than_its_frames_is_left_out_and_named(train, corpus, tmp_path: Path) -> None:
+    def change(number: int, data: dict[str, Any]) -> None:
+        if number == 5:
+            data["supervisions"][0]["text"] = "abcd " * 100
+        if number == 6:
+            data["supervisions"][0]["text"] = ""
+
+    manifest = manifest_with(corpus, tmp_path / "long.jsonl", change)
+    status, out, error = train("ctc", f"data.train={manifest}", steps=3)
+    assert (status, error) == (0, "")
+    left_out = state_of(tmp_path / "exp")["noted"]["left out"]
+    assert sorted(left_out) == ["train-005", "train-006"]
+    assert left_out["train-005"].startswith(
+        "the transcript of cut `train-005` has 499 tokens and needs 499 frames, the model gives "
+    )
+    assert f"NOTE left out: {left_out['train-005']}\n" in out
+
+
+def test_a_character_that_the_tokenizer_lacks_stops_the_run(train, corpus, tmp_path: Path) -> None:
+    def change(number: int, data: dict[str, Any]) -> None:
+        data["supervisions"][0]["text"] += "?"
+
+    manifest = manifest_with(corpus, tmp_path / "marks.jsonl", change)
+    status, _, error = train("ctc", f"data.train={manifest}", "data.workers=1")
+    assert status == 2
+    assert "character '?' of `" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.fixture
+def three(train, tmp_path: Path) -> Path:
+    """A run with three checkpoints."""
+    status, _, _ = train("hubert", "checkpoint.every_steps=1", "checkpoint.keep_last=3", steps=3)
+    assert status == 0
+    return tmp_path / "exp"
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder: cut_in_half(folder / "model.safetensors"), "model.safetensors is not as it was written"),
+        (lambda folder: cut_in_half(folder / "checksums.json"), "no readable checksums.json"),
+        (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+        (lambda folder: shutil.rmtree(folder / "engine"), "model_states.pt is missing"),
+        (lambda folder: (folder / "checksums.json").unlink(), "no readable checksums.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_said_aloud_and_the_one_before_is_used(three: Path, train, capsys, harm, words) -> None:
+    newest = three / "checkpoints/step-00000003"
+    harm(newest)
+    assert words in damaged(newest)
+    assert Checkpoints(three, None).newest() == three / "checkpoints/step-00000002"
+    out = capsys.readouterr().out
+    assert f"WARNING checkpoint {newest} is damaged (" in out
+    assert words in out
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(three: Path, train) -> None:
+    cut_in_half(three / "checkpoints/step-00000003/model.safetensors")
+    before = (three / "checkpoints/step-00000002/model.safetensors").read_bytes()
+    status, out, error = train("hubert", "checkpoint.every_steps=1", "checkpoint.keep_last=3", steps=3)
+    assert (status, error) == (0, "")
+    assert "is damaged (model.safetensors is not as it was written): trying the one before it" in out
+    assert f"continuing from {three}/checkpoints/step-00000002: step 2" in out
+    assert damaged(three / "checkpoints/step-00000003") is None, "it was written anew"
+    assert (three / "checkpoints/step-00000002/model.safetensors").read_bytes() == before
+
+
+def test_when_all_are_damaged_nothing_is_begun_anew(three: Path, train) -> None:
+    for folder in (three / "checkpoints").glob("step-*"):
+        cut_in_half(folder / "model.safetensors")
+    before = sorted(path.name for path in (three / "checkpoints").iterdir())
+    status, out, error = train("hubert", steps=3)
+    assert status == 2
+    assert out.count("WARNING checkpoint") == 3
+    assert error == (
+        f"harken train: every checkpoint in {three}/checkpoints is damaged; "
+        "move the folder away to start from the beginning\n"
+    )
+    assert sorted(path.name for path in (three / "checkpoints").iterdir()) == before
+
+
+def test_what_a_kill_while_saving_leaves_is_passed_over(three: Path, train) -> None:
+    shutil.copytree(three / "checkpoints/step-00000003", three / "checkpoints/.step-00000004.tmp")
+    assert Checkpoints(three, None).newest() == three / "checkpoints/step-00000003"
+    status, _, _ = train("hubert", "checkpoint.every_steps=1", steps=4)
+    assert status == 0
+    assert not list((three / "checkpoints").glob(".*"))
+
+
+def test_a_run_does_not_go_on_with_another_model(three: Path, train) -> None:
+    status, out, error = train("hubert", "encoder.layers=3", steps=4)
+    assert status == 2
+    assert "the configuration differs from that of" in out
+    assert "encoder.layers: was 2, is 3" in out
+    (line,) = error.splitlines()
+    assert "step-00000003/engine holds another model: Error(s) in loading state_dict for Hubert: Missing key(s)" in line
