@@ -59,9 +59,7 @@ def test_splits_share_nothing_and_do_not_depend_on_order(local):
     found = local.splits.assign(lines)
     again = local.splits.assign(random.Random(1).sample(lines, len(lines)))
     assert found == again
-    assert all(
-        pair["texts"] == pair["utterances"] == 0 for pair in local.splits.overlaps(found.splits).values()
-    )
+    assert all(pair["texts"] == pair["utterances"] == 0 for pair in local.splits.overlaps(found.splits).values())
     placed = [u.id for part in found.splits.values() for u in part]
     assert sorted([*placed, *found.left_out]) == [u.id for u in lines]
     for name, minutes in (("dev", local.splits.DEV_MINUTES), ("test", local.splits.TEST_MINUTES)):
@@ -98,10 +96,7 @@ def test_real_package_has_every_line(local, pairing):
     assert said["C76B_141"] == ("JOE", "Faye, what are you doing here?")
     assert said["C76B_151"] == ("FAYE", "I hitched a ride with Anderson in the airship.")
     assert said["CINTR561"] == ("RITA", "Will I ever see you again?")
-    counts = {
-        speaker: sum(line.speaker == speaker for line in pairing.lines)
-        for speaker in ("BOB", "SPARKY", "TAM")
-    }
+    counts = {speaker: sum(line.speaker == speaker for line in pairing.lines) for speaker in ("BOB", "SPARKY", "TAM")}
     assert counts == {"BOB": 304, "SPARKY": 281, "TAM": 157}
 
 
@@ -134,9 +129,7 @@ def test_committed_subsets_are_what_the_seed_gives(local, real, pairing, tmp_pat
         "test": 491,
         "test-unseen": 452,
     }
-    assert all(
-        pair["texts"] == pair["utterances"] == 0 for pair in local.splits.overlaps(found.splits).values()
-    )
+    assert all(pair["texts"] == pair["utterances"] == 0 for pair in local.splits.overlaps(found.splits).values())
     assert {u.speaker for u in found.splits["test-unseen"]} == local.splits.UNSEEN
     committed = local.splits.read_subsets(local.prepare.SUBSETS, found.splits["train"])
     assert committed == local.splits.make_subsets(found.splits["train"])

@@ -10,6 +10,7 @@ README.md runs first, on a corpus of tones; every other page starts in a copy of
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -200,6 +201,7 @@ def literal(node: ast.AST) -> str | None:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
+@functools.cache
 def messages() -> list[str]:
     """Every text of the code, every line of the scripts, and the texts that are printed behind a word."""
     found = []

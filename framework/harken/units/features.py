@@ -40,7 +40,7 @@ class Mfcc:
 
     Source: arXiv 2106.07447 section IV-A; Kaldi's MFCC without energy and dither.
     subtract_mean: take each coefficient's mean over the utterance away, and with it much of speaker and channel.
-    average: frames over which features are averaged before they are clustered, 1 for none. 4 suits encoders at 40 ms a frame.
+    average: frames over which features are averaged before they are clustered, 1 for none; 4 suits encoders at 40 ms.
     """
 
     sample_rate: int = 16000
