@@ -68,12 +68,12 @@ verify_corpus() { # DATA: index every split, decode every file once, describe, l
 }
 stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
 
-make_units() { # OUT CLUSTERS ARGUMENT...: fit the clusters, label what pretraining reads, check
+make_units() { # OUT CLUSTERS ARGUMENT...: fit the clusters, label what pretraining reads and the report shows, check
   local out="$1" clusters="$2"
   shift 2
   rm -rf "$out"
   "${harken[@]}" units fit "$data/train.jsonl" --out "$out/km" --clusters "$clusters" --max-frames "$max_frames" --jobs "$jobs" "$@"
-  "${harken[@]}" units label "$data/train.jsonl" "$data/dev.jsonl" --clusterer "$out/km" --out "$out/labels" --jobs "$jobs" "$@"
+  "${harken[@]}" units label "$data/train.jsonl" "$data/dev.jsonl" "$data/test.jsonl" --clusterer "$out/km" --out "$out/labels" --jobs "$jobs" "$@"
   "${harken[@]}" units check "$out/labels"
 }
 stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \

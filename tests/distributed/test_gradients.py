@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,21 +20,8 @@ CASES = {
 }
 
 
-def torchrun(processes: int, *arguments: str | Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
-def steps(corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def steps(corpus, run_python, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The first step of every case on 1 process x 8 micro-batches, 2 x 4 and 4 x 2; dropout is on in all of them."""
     folder = tmp_path_factory.mktemp("gradients")
     configs = [folder / f"{case}.yaml" for case in CASES]
@@ -48,7 +32,8 @@ def steps(corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         OmegaConf.save(OmegaConf.create(settings), path)
     for world in WORLDS:
         (folder / str(world)).mkdir()
-        torchrun(world, WORKER, folder / str(world), *configs)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        run_python(*torchrun, WORKER, folder / str(world), *configs)
     return {world: folder / str(world) for world in WORLDS}
 
 

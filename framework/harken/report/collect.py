@@ -200,8 +200,9 @@ def _stores(experiment: Experiment) -> None:
 
 def _results(experiment: Experiment) -> None:
     folder = experiment.folder
-    experiment.hypotheses = _find(folder, "decode/*.jsonl", "*/decode/*.jsonl")
-    for path in _find(folder, "decode/*-score/wer.json", "*/decode/*-score/wer.json"):
+    experiment.hypotheses = _find(folder, "decode/*.jsonl", "decode/*/*.jsonl", "*/decode/*.jsonl")
+    scores = ("decode/*-score/wer.json", "decode/*/*-score/wer.json", "*/decode/*-score/wer.json")
+    for path in _find(folder, *scores):
         parts = _name(experiment, path.parent).removesuffix("-score").split("/")
         name = "/".join(part for part in parts if part != "decode")
         try:
