@@ -157,6 +157,8 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        if self.train.patience and self.data.valid is None:
+            raise HarkenError("`train.patience` counts validations: it needs `data.valid`, which is not given")
         longest = self.data.crop_seconds or self.data.max_seconds
         if longest > self.batch.max_seconds:
             raise HarkenError(

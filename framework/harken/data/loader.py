@@ -170,5 +170,6 @@ def _start_worker(worker: int) -> None:
 
 def _kill_workers() -> None:
     """End workers for good when the main process exits: they ignore the SIGTERM that Python would wait for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would print a traceback for each
     for child in multiprocessing.active_children():
         child.kill()
