@@ -33,7 +33,7 @@ def steps(corpus, run_python, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for world in WORLDS:
         (folder / str(world)).mkdir()
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        run_python(*torchrun, WORKER, folder / str(world), *configs)
+        run_python(*(torchrun if world > 1 else []), WORKER, folder / str(world), *configs)
     return {world: folder / str(world) for world in WORLDS}
 
 

@@ -23,15 +23,14 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("worker_train.py")
 STEPS = 4
 HALF = 2
-# processes, objective, frontend, ZeRO stage
+# processes, objective, frontend, ZeRO stage, and the numbers of loader workers
 CASES = [
-    (1, "hubert", "filterbank", 0),
-    (1, "ctc", "filterbank", 2),
-    (1, "ctc", "waveform", 0),
-    (2, "hubert", "filterbank", 2),
-    (2, "ctc", "filterbank", 0),
+    ((1, "hubert", "filterbank", 0), (0, 2)),
+    ((1, "ctc", "filterbank", 2), (2,)),
+    ((1, "ctc", "waveform", 0), (0,)),
+    ((2, "hubert", "filterbank", 2), (2,)),
+    ((2, "ctc", "filterbank", 0), (0,)),
 ]
-WORKERS = (0, 2)
 
 
 def write_config(corpus, path: Path, objective: str, frontend: str, **changes: dict[str, Any]) -> Path:
@@ -44,6 +43,15 @@ def write_config(corpus, path: Path, objective: str, frontend: str, **changes: d
     for group, values in changes.items():
         settings[group].update(values)
     OmegaConf.save(OmegaConf.create(settings), path)
+    return path
+
+
+def with_long_transcripts(corpus, path: Path) -> Path:
+    """Copy the training manifest; every eighth transcript is longer than its audio allows."""
+    lines = [json.loads(line) for line in corpus.train.read_text().splitlines()]
+    for data in lines[::8]:
+        data["supervisions"][0]["text"] = "abcd" * 100
+    path.write_text("".join(json.dumps(data) + "\n" for data in lines))
     return path
 
 
@@ -104,22 +112,18 @@ def runs(corpus, run_python, tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole: dict[int, list[Any]] = {1: [], 2: []}
     first: dict[int, list[Any]] = {1: [], 2: []}
     second: dict[int, list[Any]] = {1: [], 2: []}
-    for case in CASES:
+    manifest = with_long_transcripts(corpus, folder / "long.jsonl")
+    for case, numbers in CASES:
         processes, objective, frontend, zero_stage = case
-        for workers in WORKERS:
-            name = f"{run_name(case)}-{workers}"
-            config = write_config(
-                corpus,
-                folder / f"{name}.yaml",
-                objective,
-                frontend,
-                data={"workers": workers},
-                engine={"zero_stage": zero_stage},
-            )
-            if workers == WORKERS[0]:
-                whole[processes].append((config, folder / f"{run_name(case)}-whole", 0))
-            first[processes].append((config, folder / name, HALF))
-            second[processes].append((config, folder / name, 0))
+        engine, data = {"zero_stage": zero_stage}, {"train": str(manifest)} if objective == "ctc" else {}
+        path = folder / f"{run_name(case)}.yaml"
+        config = write_config(corpus, path, objective, frontend, data=data, engine=engine)
+        whole[processes].append((config, folder / f"{run_name(case)}-whole", 0))
+        for workers in numbers:
+            path = folder / f"{run_name(case)}-{workers}.yaml"
+            config = write_config(corpus, path, objective, frontend, data={**data, "workers": workers}, engine=engine)
+            first[processes].append((config, folder / path.stem, HALF))
+            second[processes].append((config, folder / path.stem, 0))
     parts = [whole, first, second]
     entries = [{"processes": processes, "jobs": part[processes]} for part in parts for processes in (1, 2)]
     run_python(WORKER, write_plan(folder / "plan.json", entries))
@@ -130,8 +134,7 @@ def run_name(case: tuple[int, str, str, int]) -> str:
     return "-".join(map(str, case))
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize("case", CASES, ids=run_name)
+@pytest.mark.parametrize(("case", "workers"), [(case, workers) for case, numbers in CASES for workers in numbers])
 def test_a_restart_changes_no_bit(runs: Path, case, workers: int) -> None:
     """The whole run read its data without workers, so that their number is seen to change nothing either."""
     halves = runs / f"{run_name(case)}-{workers}"
@@ -139,6 +142,12 @@ def test_a_restart_changes_no_bit(runs: Path, case, workers: int) -> None:
     assert kinds == ["valid", "train", "valid"]
     assert len(final_state(halves, STEPS)["samples"]) == STEPS * 8
     assert_equal_runs(runs / f"{run_name(case)}-whole", halves, STEPS)
+
+
+def test_notes_of_all_ranks_are_counted(runs: Path) -> None:
+    noted = final_state(runs / "2-ctc-filterbank-0-whole", STEPS)["state"]["noted"]
+    assert sorted(noted["left out"]) == [f"train-{number:03}" for number in range(0, 64, 8)]
+    assert "left out" not in final_state(runs / "2-hubert-filterbank-2-whole", STEPS)["state"]["noted"]
 
 
 def test_two_processes_see_the_samples_of_one(runs: Path) -> None:
@@ -183,7 +192,7 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) ->
             f"the run ended before its time: {process.stdout.read() if process.stdout else ''}"
         )
         assert time.monotonic() < limit, "the run made no progress"
-        time.sleep(0.001)
+        time.sleep(0.01)
 
 
 def kill(process: subprocess.Popen[str]) -> list[psutil.Process]:

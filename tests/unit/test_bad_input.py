@@ -102,7 +102,7 @@ def test_corrupt_audio_is_replaced_counted_and_named(train, corpus, tmp_path: Pa
         file = tmp_path / f"bad{int(cut[-3:]):02}.flac"
         assert replaced[cut].startswith(f"cut `{cut}` ({file}) cannot be read: {words}; `train-0"), replaced[cut]
         assert replaced[cut].endswith("took its place")
-        assert out.count(f"NOTE replaced: {replaced[cut]}\n") == 1
+        assert out.count(f" NOTE replaced: {replaced[cut]}\n") == 1
     samples = [json.loads(line) for line in (tmp_path / "exp/samples.rank0.jsonl").read_text().splitlines()]
     assert not {cut for row in samples for cut in row["ids"]} & set(replaced), "none of them was trained on"
 
@@ -158,7 +158,7 @@ def test_a_transcript_longer_than_its_frames_is_left_out_and_named(train, corpus
     assert left_out["train-005"].startswith(
         "the transcript of cut `train-005` has 499 tokens and needs 499 frames, the model gives "
     )
-    assert f"NOTE left out: {left_out['train-005']}\n" in out
+    assert f" NOTE left out: {left_out['train-005']}\n" in out
 
 
 def test_a_character_that_the_tokenizer_lacks_stops_the_run(train, corpus, tmp_path: Path) -> None:

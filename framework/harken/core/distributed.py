@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+_T = TypeVar("_T")
 
 
 def rank() -> int:
@@ -48,6 +51,15 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 def any_rank(flag: bool) -> bool:
     """Whether any rank raised the flag; all ranks get the same answer."""
     return sum_over_ranks([float(flag)])[0] > 0
+
+
+def gather(items: Sequence[_T]) -> list[_T]:
+    """Return the items of all ranks, in the order of ranks, on every rank; small and rare ones."""
+    if world_size() == 1:
+        return list(items)
+    boxes: list[list[_T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(boxes, list(items))
+    return [item for box in boxes for item in box]
 
 
 def barrier() -> None:

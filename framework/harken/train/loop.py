@@ -128,15 +128,16 @@ def _advance(run: Run, batches: list[Batch], position: Position) -> None:
     state.step += 1
     state.position = position
     rate = run.config.data.sample_rate
-    rows, seconds = distributed.sum_over_ranks(
-        [float(sum(len(b.ids) for b in batches)), sum(b.real for b in batches) / rate]
+    notes = [note for batch in batches for note in batch.notes]
+    rows, seconds, noted = distributed.sum_over_ranks(
+        [float(sum(len(b.ids) for b in batches)), sum(b.real for b in batches) / rate, float(len(notes))]
     )
     state.seconds += seconds
     state.cuts_read += int(rows)
-    for note in (note for batch in batches for note in batch.notes):
+    for note in distributed.gather(notes) if noted else ():  # every rank counts them all, and stops at the same step
         if note.cut not in state.noted.setdefault(note.kind, {}):
             state.noted[note.kind][note.cut] = note.reason
-            print(f"NOTE {note.kind}: {note.reason}", flush=True)
+            say(f"NOTE {note.kind}: {note.reason}")
     bad, allowed = len(state.noted.get("replaced", {})), run.config.data.max_bad_share
     if bad > 10 and bad > allowed * state.cuts_read:
         names = ", ".join(list(state.noted["replaced"])[:10])
