@@ -33,6 +33,18 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         "waveform": {"channels": 16},
     },
     "encoder": {
+        "conformer": {
+            "dim": 32,
+            "layers": 2,
+            "heads": 4,
+            "ffn_dim": 32,
+            "kernel": 7,
+            "position_kernel": 16,
+            "position_groups": 4,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "input_dropout": 0.0,
+        },
         "transformer": {
             "dim": 32,
             "layers": 2,

@@ -172,6 +172,16 @@ def test_a_character_that_the_tokenizer_lacks_stops_the_run(train, corpus, tmp_p
     assert len(error.splitlines()) == 1
 
 
+def test_a_wrong_metric_is_refused_before_the_first_step(train, corpus, tmp_path: Path) -> None:
+    status, out, error = train("hubert", f"data.valid={corpus.valid}", "checkpoint.metric=wer")
+    assert status == 2
+    assert error.startswith("harken train: `checkpoint.metric` must be one of ")
+    assert "accuracy_masked" in error
+    assert error.endswith(", got `wer`\n")
+    assert not (tmp_path / "exp/checkpoints").exists()
+    assert " train 1/" not in out
+
+
 @pytest.fixture
 def three(train, tmp_path: Path) -> Path:
     """A run with three checkpoints."""

@@ -307,8 +307,10 @@ def test_unreadable_audio_is_named_and_the_rest_is_labelled(corpus, tmp_path: Pa
         16000,
         60.0,
     )
-    card = label(job, 1, quiet)
+    said: list[str] = []
+    card = label(job, 1, said.append)
     assert card.cuts == 8
+    assert "WARNING 1 cuts have no labels of their own, among them:" in said
     (row,) = (tmp_path / "store/unreadable.tsv").read_text().splitlines()
     words = "cannot be read: File contains data in an unimplemented format."
     assert row == f"valid-003\tcut `valid-003` ({tmp_path}/bad.flac) {words}"

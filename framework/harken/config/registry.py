@@ -24,7 +24,7 @@ SLOTS: dict[str, str] = {
 }
 
 # modules beside the parts that hold none
-HELPERS = frozenset({"base", "backbone", "saved"})
+HELPERS = frozenset({"base", "backbone", "saved", "stack"})
 
 
 @dataclass(frozen=True, kw_only=True)

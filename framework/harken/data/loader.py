@@ -117,6 +117,11 @@ class EvalLoader:
         """Number of batches over all ranks."""
         return len(self.plan)
 
+    def first(self) -> Batch:
+        """Read this rank's first batch in this process: the same on every rank when there are fewer than ranks."""
+        place = min(self.rank, len(self.plan) - 1)
+        return self.dataset[Task(0, place, 0, self.plan[place])]
+
     def __iter__(self) -> Iterator[tuple[Batch, bool]]:
         """Yield (batch, counts): ranks get equally many; one that runs out repeats its last, which does not count."""
         rounds = -(-len(self.plan) // self.world_size)

@@ -69,8 +69,9 @@ class LogMel(nn.Module):
             frames = frames - frames.mean(-1, keepdim=True)
             previous = functional.pad(frames, (1, 0), mode="replicate")[..., :-1]
             frames = (frames - 0.97 * previous) * self.window
-            power = torch.fft.rfft(frames, self.fft).abs().square()
-            bands: Tensor = power[..., :-1] @ self.mel
+            spectrum = torch.fft.rfft(frames, self.fft)[..., :-1]
+            power = spectrum.real.square() + spectrum.imag.square()  # `abs` would take a root of each first
+            bands: Tensor = power @ self.mel
             return bands.clamp(min=torch.finfo(torch.float32).eps).log()
 
 

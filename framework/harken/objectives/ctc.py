@@ -20,6 +20,7 @@ from harken.core.loss import Loss
 from harken.data.masking import SpanMask
 from harken.data.tokens import BLANK, Tokenizer, load_tokenizer
 from harken.encoders.backbone import Backbone
+from harken.nn.dropout import Dropout
 from harken.objectives.base import Objective
 
 
@@ -152,7 +153,7 @@ class Ctc(Objective):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.classes = load_tokenizer(config.tokenizer).size
         self.head = nn.Linear(backbone.dim, self.classes * config.head_upsampling)
 

@@ -95,6 +95,18 @@ def train(run: Run) -> str:
     return "finished"
 
 
+def rehearse(run: Run) -> None:
+    """Validate on one batch before the first step: what is wrong there should show now, not hours later.
+
+    Raises HarkenError when `checkpoint.metric` is none of the metrics.
+    """
+    if run.valid is None:
+        return
+    figures, metric = validate(run.engine, [(run.valid.first(), True)]), run.config.checkpoint.metric
+    if metric not in figures:
+        raise HarkenError(f"`checkpoint.metric` must be one of {', '.join(figures)}, got `{metric}`")
+
+
 def _step(run: Run, batches: list[Batch]) -> bool:
     """Run a step's micro-batches of this rank and the optimiser; the gradient is that of the mean over all targets."""
     config, state = run.config, run.state
@@ -175,8 +187,6 @@ def _validate(run: Run) -> tuple[float, bool]:
     run.log.write("valid", run.state.step, figures)
     run.log.line("valid", run.state.step, figures)
     metric, state, keep = run.config.checkpoint.metric, run.state, run.config.checkpoint
-    if metric not in figures:
-        raise HarkenError(f"`checkpoint.metric` must be one of {sorted(figures)}, got `{metric}`")
     score = figures[metric]
     better = state.best_score is None or (
         score > state.best_score if keep.higher_is_better else score < state.best_score

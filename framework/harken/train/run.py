@@ -27,7 +27,7 @@ from harken.optim.groups import parameter_groups
 from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
 from harken.train.log import RunLog, say
-from harken.train.loop import Run, train
+from harken.train.loop import Run, rehearse, train
 from harken.train.speed import Speedometer, peak_tflops
 from harken.train.state import TrainState
 
@@ -65,6 +65,7 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
         if run.state.step >= config.train.steps:
             say(f"{folder} has already taken its {config.train.steps} steps: nothing to do")
             return "finished"
+        rehearse(run)
         return train(run)
     finally:
         run.log.close()

@@ -91,7 +91,12 @@ def label(job: Job, processes: int, say: Callable[[str], None]) -> Card:
         f"{len(todo)} of {len(layout.pieces)} pieces to do"
     )
     _run(job, todo, processes)
-    _finish(job, layout, card)
+    unreadable = _finish(job, layout, card)
+    if unreadable:
+        say(f"WARNING {len(unreadable)} cuts have no labels of their own, among them:")
+        for reason in list(unreadable.values())[:5]:
+            say(f"  {reason}")
+        say(f"  all of them are named in {job.out / 'unreadable.tsv'}")
     return card
 
 
@@ -216,7 +221,8 @@ def _fit_length(labels: NDArray[Any], expected: int, cut: str, unreadable: dict[
     return labels[:expected]
 
 
-def _finish(job: Job, layout: Layout, card: Card) -> None:
+def _finish(job: Job, layout: Layout, card: Card) -> dict[str, str]:
+    """Complete the store; return the cuts whose audio could not be labelled, with reasons."""
     unreadable: dict[str, str] = {}
     for piece in range(len(layout.pieces)):
         unreadable.update(json.loads(_marker(job.out, piece).read_text())["unreadable"])
@@ -225,3 +231,4 @@ def _finish(job: Job, layout: Layout, card: Card) -> None:
     )
     card.write(job.out)
     remove(job.out / "pieces")
+    return unreadable

@@ -1,0 +1,129 @@
+"""What the Transformer family shares: projection, convolutional positions, a stack of blocks with LayerDrop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from harken.config.registry import SlotConfig
+from harken.core.batch import padding_mask
+from harken.core.draws import shared_uniform
+from harken.core.errors import HarkenError
+from harken.encoders.base import Encoded, Encoder
+from harken.nn.dropout import Dropout
+from harken.nn.positions import PositionalConvolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig(SlotConfig):
+    """Defaults are HuBERT Base's (arXiv 2106.07447 table I; fairseq `hubert_base_librispeech.yaml`)."""
+
+    dim: int = 768
+    """fairseq `encoder_embed_dim`."""
+    layers: int = 12
+    heads: int = 12
+    ffn_dim: int = 3072
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.0
+    input_dropout: float = 0.1
+    """fairseq `dropout_input`."""
+    layer_drop: float = 0.05
+    """fairseq `encoder_layerdrop`; 0.05 in Base, 0 in Large."""
+    position_kernel: int = 128
+    """fairseq `conv_pos`."""
+    position_groups: int = 16
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise HarkenError(f"`encoder.dim` must be divisible by `encoder.heads`, got {self.dim} and {self.heads}")
+        if self.dim % self.position_groups:
+            raise HarkenError(
+                "`encoder.dim` must be divisible by `encoder.position_groups`, "
+                f"got {self.dim} and {self.position_groups}"
+            )
+
+
+class Stack(Encoder):
+    """Layer norm and projection, convolutional positions, blocks with LayerDrop.
+
+    norm_last: normalise what leaves the last block, for blocks whose residual path is not normalised; else what enters
+    the first. A block maps `(B, T, D)` and `attend` (see `SelfAttention`) to `(B, T, D)`.
+    Source: arXiv 2006.11477 section 2; LayerDrop: arXiv 1909.11556. Which layers are dropped is the same on all ranks
+    and micro-batches of a step, so no rank waits for a gradient that another does not make.
+    """
+
+    def __init__(
+        self, config: StackConfig, input_dim: int, make_block: Callable[[], nn.Module], *, norm_last: bool
+    ) -> None:
+        super().__init__()
+        self.stack = config
+        self.dim = config.dim
+        self.num_layers = config.layers
+        self.norm_last = norm_last
+        self.input_norm = nn.LayerNorm(input_dim)
+        # fairseq has no projection where the widths are equal; its released checkpoints load either way
+        self.project: nn.Module = nn.Linear(input_dim, config.dim) if input_dim != config.dim else nn.Identity()
+        self.input_dropout = Dropout(config.input_dropout)
+        self.positions = PositionalConvolution(config.dim, config.position_kernel, config.position_groups)
+        self.blocks = nn.ModuleList(make_block() for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.dropout = Dropout(config.dropout)
+        self.blocks.apply(_initialise)
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """Normalise and project frames `(B, T, F)` to `(B, T, D)`."""
+        embedded: Tensor = self.input_dropout(self.project(self.input_norm(frames)))
+        return embedded
+
+    def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
+        """Encode embedded frames `(B, T, D)`; see `Encoder`."""
+        unknown = [layer for layer in layers if not 0 <= layer <= self.num_layers]
+        if unknown:
+            raise HarkenError(f"hidden layers must lie in 0..{self.num_layers}, got {unknown}")
+        padded = padding_mask(lengths, frames.shape[1])
+        attend = None
+        if padded is not None:
+            padded = padded.to(frames.device, non_blocking=True)
+            frames = frames.masked_fill(padded[..., None], 0.0)
+            attend = ~padded[:, None, None, :]
+        x = frames + self.positions(frames)
+        if not self.norm_last:
+            x = self.norm(x)
+        x = self.dropout(x)
+        hidden = {0: x} if 0 in layers else {}
+        for index, block in enumerate(self.blocks, start=1):
+            if not (self.training and self.stack.layer_drop and shared_uniform() < self.stack.layer_drop):
+                x = checkpoint(block, x, attend, use_reentrant=False) if self.checkpoint_blocks else block(x, attend)
+            if index in layers:
+                hidden[index] = x
+        if self.norm_last:
+            x = self.norm(x)
+        return Encoded(x, hidden, lengths)
+
+    def block_flops(self, frames: int) -> float:
+        """Return the forward operations of one block over `frames`, attention included."""
+        raise NotImplementedError
+
+    def flops(self, frames: int) -> float:
+        """Count projection, positions and blocks; see `Encoder`."""
+        own = self.stack
+        project = own.dim * self.input_norm.normalized_shape[0] if isinstance(self.project, nn.Linear) else 0
+        positions = own.dim * (own.dim // own.position_groups) * own.position_kernel
+        return 2.0 * frames * (project + positions) + own.layers * self.block_flops(frames)
+
+    def depth(self, parameter: str) -> int:
+        """Return the block that holds a parameter; a norm behind the blocks counts with the last one."""
+        if parameter.startswith("blocks."):
+            return int(parameter.split(".")[1]) + 1
+        return self.num_layers if parameter.startswith("norm.") and self.norm_last else 0
+
+
+def _initialise(module: nn.Module) -> None:
+    """Give linear maps the weights of BERT: normal with deviation 0.02, no bias. Source: fairseq `init_bert_params`."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
