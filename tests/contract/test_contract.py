@@ -84,7 +84,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("frontend", "waveform"): [{}, {"norm": "layer", "bias": True, "normalize": True}],
     ("encoder", "transformer"): [{}, {"norm_first": True, "position_kernel": 15}],
-    ("objective", "ctc"): [{}, {"head_upsampling": 2}],
+    ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
 }
 
 

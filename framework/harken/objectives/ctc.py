@@ -15,11 +15,13 @@ from harken.config.registry import SlotConfig, register
 from harken.config.schema import RunConfig
 from harken.core.batch import Batch, Note
 from harken.core.draws import Draws
+from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
 from harken.data.masking import SpanMask
 from harken.data.tokens import BLANK, Tokenizer, load_tokenizer
 from harken.encoders.backbone import Backbone
+from harken.encoders.base import Encoded
 from harken.nn.dropout import Dropout
 from harken.objectives.base import Objective
 
@@ -46,6 +48,11 @@ class CtcConfig(SlotConfig):
     """Before the linear head; fairseq `final_dropout`."""
     head_upsampling: int = 1
     """Outputs for each encoder frame. Fast speech has more characters than 40 ms frames; 2 gives each two places."""
+    intermediate_layers: tuple[int, ...] = ()
+    """Blocks whose outputs are also trained by the loss, through the same head (arXiv 2102.03216): one in the middle
+    makes the lower half useful early and regularises."""
+    intermediate_weight: float = 0.3
+    """Weight of their mean loss, and 1 minus it of the last layer's; lambda of arXiv 2102.03216, 0.3 there."""
     freeze_steps: int = 0
     """Steps in which only the head is trained; fairseq `freeze_finetune_updates`: 10000 for 1 h, 0 for 100 h."""
     freeze_frontend: bool = True
@@ -156,6 +163,12 @@ class Ctc(Objective):
         self.dropout = Dropout(config.dropout)
         self.classes = load_tokenizer(config.tokenizer).size
         self.head = nn.Linear(backbone.dim, self.classes * config.head_upsampling)
+        last = backbone.encoder.num_layers
+        if any(not 0 < layer < last for layer in config.intermediate_layers):
+            raise HarkenError(
+                f"`objective.intermediate_layers` must lie in 1..{last - 1}, got {list(config.intermediate_layers)}"
+            )
+        self.intermediate_norms = nn.ModuleList(nn.LayerNorm(backbone.dim) for _ in config.intermediate_layers)
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> CtcPrepare:
@@ -169,36 +182,49 @@ class Ctc(Objective):
 
         The batch's masks are applied.
         """
+        encoded = self._encode(batch, ())
+        return self._classify(encoded.last), encoded.lengths * self.config.head_upsampling
+
+    def _encode(self, batch: Batch, layers: tuple[int, ...]) -> Encoded:
         _, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, batch.targets)
-        encoded = self.backbone.encoder.encode(x, lengths)
-        logits = self.head(self.dropout(encoded.last)).float()
+        return self.backbone.encoder.encode(x, lengths, layers)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        logits = self.head(self.dropout(x)).float()
         logits = logits.unflatten(-1, (self.config.head_upsampling, self.classes)).flatten(1, 2)
-        return functional.log_softmax(logits, dim=-1), lengths * self.config.head_upsampling
+        return functional.log_softmax(logits, dim=-1)
 
     def forward(self, batch: Batch) -> Loss:
-        """Return the CTC loss summed over the utterances whose transcripts fit."""
-        log_probs, lengths = self.log_probs(batch)
-        losses = functional.ctc_loss(
-            log_probs.transpose(0, 1),
-            batch.targets["tokens"],
-            lengths,
-            batch.targets["token_lengths"],
-            blank=BLANK,
-            reduction="none",
-            zero_infinity=True,
-        )
-        total = (losses * batch.targets["weight"]).sum()
-        real = torch.arange(log_probs.shape[1], device=total.device)[None, :] < lengths.to(total.device)[:, None]
+        """Return the CTC loss summed over the utterances whose transcripts fit.
+
+        With intermediate layers the metric `loss` is still that of the last layer.
+        """
+        own = self.config
+        encoded = self._encode(batch, own.intermediate_layers)
+        lengths = encoded.lengths * own.head_upsampling
+        log_probs = self._classify(encoded.last)
+        main = _ctc_loss(log_probs, lengths, batch)
+        total = main
+        count = main.new_tensor(batch.num_targets)
+        real = torch.arange(log_probs.shape[1], device=main.device)[None, :] < lengths.to(main.device)[:, None]
         blanks = ((log_probs.detach().argmax(-1) == BLANK) & real).sum().float()
         metrics = {
-            "loss": (total.detach(), total.new_tensor(batch.num_targets)),
-            "blank_share": (blanks, total.new_tensor(float(lengths.sum()))),
+            "loss": (main.detach(), count),
+            "blank_share": (blanks, main.new_tensor(float(lengths.sum()))),
         }
+        if own.intermediate_layers:
+            hidden = [
+                norm(encoded.hidden[layer])
+                for norm, layer in zip(self.intermediate_norms, own.intermediate_layers, strict=True)
+            ]
+            inner = torch.stack([_ctc_loss(self._classify(x), lengths, batch) for x in hidden]).mean()
+            total = (1 - own.intermediate_weight) * main + own.intermediate_weight * inner
+            metrics["loss_intermediate"] = (inner.detach(), count)
         return Loss(total=total, metrics=metrics)
 
     def head_flops(self, frames: int) -> float:
         """Count the linear head."""
-        return 2.0 * frames * self.head.weight.numel()
+        return 2.0 * frames * self.head.weight.numel() * (1 + len(self.config.intermediate_layers))
 
     def rate_scale(self, parameter: str, step: int) -> float:
         """Freeze the backbone for `freeze_steps`, the frontend throughout if so configured; decay rates downwards."""
@@ -210,3 +236,17 @@ class Ctc(Objective):
         if parameter.startswith("backbone.frontend."):
             return 0.0 if own.freeze_frontend else own.layer_decay ** (encoder.num_layers + 1)
         return own.layer_decay ** (encoder.num_layers - encoder.depth(parameter.removeprefix("backbone.encoder.")))
+
+
+def _ctc_loss(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+    """Return the loss of `(B, T, V)` log probabilities summed over the utterances that count."""
+    losses = functional.ctc_loss(
+        log_probs.transpose(0, 1),
+        batch.targets["tokens"],
+        lengths,
+        batch.targets["token_lengths"],
+        blank=BLANK,
+        reduction="none",
+        zero_infinity=True,
+    )
+    return (losses * batch.targets["weight"]).sum()
