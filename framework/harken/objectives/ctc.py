@@ -40,6 +40,9 @@ class CtcConfig(SlotConfig):
     """Share of the encoder's input channels set to zero in spans; fairseq `mask_channel_prob`: 0.25 to 0.75."""
     mask_channel_length: int = 64
     """fairseq `mask_channel_length`."""
+    mask_from_epoch: int = 0
+    """Epoch, from 0, in which time, channel and band masks begin: CTC leaves its first plateau, where all is blank,
+    much sooner without them (docs/LOG.md)."""
     band_masks: int = 0
     """Frequency masks of SpecAugment (arXiv 1904.08779) for frontends with bands; 2 in its LibriSpeech policies."""
     band_mask_width: int = 27
@@ -110,7 +113,7 @@ class CtcPrepare:
             "token_lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64),
             "weight": torch.tensor(fits, dtype=torch.float32),
         }
-        if self.train:
+        if self.train and draws.epoch >= self.config.mask_from_epoch:
             targets.update(self._masks(batch, frames, draws))
         count = float(sum(len(sequence) for sequence, fit in zip(sequences, fits, strict=True) if fit))
         return replace(batch, targets={**batch.targets, **targets}, num_targets=count, notes=(*batch.notes, *notes))

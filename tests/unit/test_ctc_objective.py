@@ -1,0 +1,63 @@
+"""CTC as an objective: intermediate losses weighted as published, masks from the epoch that is asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from harken.core.draws import Draws
+from harken.core.errors import HarkenError
+from harken.data.dataset import Row, collate
+from harken.data.manifest import Manifest
+from harken.data.read import read_cut
+from harken.objectives.saved import build_objective, build_prepare
+
+
+@pytest.fixture
+def batch(corpus):
+    manifest = Manifest(corpus.train)
+    cuts = [manifest[place] for place in (0, 5, 9)]
+    return collate([Row(cut.id, cut.supervisions[0].text, read_cut(cut, 16000), 0) for cut in cuts])
+
+
+def make(corpus, *overrides: str, train: bool = False):
+    config = corpus.config("ctc", "filterbank", "encoder.layer_drop=0", *overrides)
+    torch.manual_seed(3)
+    model = build_objective(config).eval()
+    return model, build_prepare(config, model.backbone.spec, train=train)
+
+
+def test_the_total_weighs_the_last_and_the_intermediate_layers(corpus, batch) -> None:
+    """(1 - lambda) L + lambda mean(L_inner), arXiv 2102.03216 with its lambda as `intermediate_weight`."""
+    model, prepare = make(corpus, "objective.intermediate_layers=[1]", "objective.intermediate_weight=0.25")
+    prepared = prepare(batch, Draws(1, 0))
+    loss = model(prepared)
+    main, inner = (float(loss.metrics[name][0]) for name in ("loss", "loss_intermediate"))
+    assert abs(main - inner) > 0.05, "two layers, two losses"
+    assert float(loss.total) == pytest.approx(0.75 * main + 0.25 * inner, rel=1e-6)
+    # the inner loss is the head's on the normalised output of block 1
+    _, x, lengths = model.backbone.embed(prepared.inputs, prepared.lengths, {})
+    hidden = model.backbone.encoder.encode(x, lengths, (1,)).hidden[1]
+    log_probs = model.head(model.intermediate_norms[0](hidden)).log_softmax(-1).transpose(0, 1)
+    expected = torch.nn.functional.ctc_loss(
+        log_probs, prepared.targets["tokens"], lengths, prepared.targets["token_lengths"], reduction="sum"
+    )
+    assert inner == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_layer_that_is_not_in_the_middle_is_refused(corpus) -> None:
+    with pytest.raises(HarkenError, match=r"`objective.intermediate_layers` must lie in 1..1, got \[2\]"):
+        make(corpus, "objective.intermediate_layers=[2]")
+
+
+def test_masks_begin_with_their_epoch(corpus, batch) -> None:
+    _, prepare = make(corpus, "objective.mask_from_epoch=2", "objective.mask_channel_probability=0.5", train=True)
+    names = {"mask", "channel_mask"}
+    assert [sorted(names & prepare(batch, Draws(1, epoch)).targets.keys()) for epoch in (0, 1, 2)] == [
+        [],
+        [],
+        sorted(names),
+    ]
+    masks = [prepare(batch, Draws(1, epoch)).targets["mask"].numpy() for epoch in (2, 3)]
+    assert not np.array_equal(*masks)
