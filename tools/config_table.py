@@ -10,6 +10,7 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import re
 import sys
 import typing
@@ -89,12 +90,25 @@ def table(cls: type, path: str) -> str:
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """Return the string that stands under each field in the source, which Python itself throws away."""
+    """Return the string that stands under each field in the source, which Python itself throws away.
+
+    Inherited fields have those of their base; a field that is declared anew has its own or none, as its default is new.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found.update(own_docstrings(base))
+    return found
+
+
+def own_docstrings(cls: type) -> dict[str, str]:
+    """Return the string under each field that a class itself declares, empty where there is none."""
     (body,) = [node for node in ast.parse(inspect.getsource(cls)).body if isinstance(node, ast.ClassDef)]
     found = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            found[field.target.id] = ast.literal_eval(text.value)
+    for field, after in itertools.zip_longest(body.body, body.body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            text = after.value if isinstance(after, ast.Expr) else None
+            found[field.target.id] = str(text.value) if isinstance(text, ast.Constant) else ""
     return found
 
 

@@ -107,6 +107,54 @@ def test_corrupt_audio_is_replaced_counted_and_named(train, corpus, tmp_path: Pa
     assert not {cut for row in samples for cut in row["ids"]} & set(replaced), "none of them was trained on"
 
 
+def test_what_is_replaced_in_validation_is_counted_and_named(train, corpus, tmp_path: Path) -> None:
+    manifest = with_bad_audio(corpus, tmp_path, 2)
+    options = [f"data.valid={manifest}", "train.valid_every_steps=1", "data.max_bad_share=0"]
+    status, out, error = train("hubert", *options, steps=2)
+    assert (status, error) == (0, "")
+    noted = state_of(tmp_path / "exp")["noted"]
+    assert list(noted) == ["replaced in validation"], "they are no share of what was trained on"
+    replaced = noted["replaced in validation"]
+    assert sorted(replaced) == ["train-000", "train-004"]
+    for reason in replaced.values():
+        assert out.count(f" NOTE replaced in validation: {reason}\n") == 1, "once, not at each validation"
+
+
+def test_bad_audio_is_named_when_clusters_are_fitted(corpus, tmp_path: Path, capsys) -> None:
+    manifest = with_bad_audio(corpus, tmp_path, 2)
+    arguments = ["units", "fit", str(manifest), "--out", str(tmp_path / "km"), "--clusters", "5", "--jobs", "1"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert " NOTE replaced: cut `train-000` (" in out
+    assert " NOTE replaced: cut `train-004` (" in out
+    assert (
+        " WARNING 2 of 64 cuts could not be read, and frames of others took their place: "
+        f"run `harken data verify {manifest}`\n"
+    ) in out
+
+
+def test_bad_noise_costs_no_cut(train, corpus, tmp_path: Path) -> None:
+    noises = with_bad_audio(corpus, tmp_path, 16)
+    status, out, error = train("ctc", f"data.noise={noises}", "data.noise_probability=1", steps=2)
+    assert (status, error) == (0, "")
+    noted = state_of(tmp_path / "exp")["noted"]
+    assert list(noted) == ["noise left out"]
+    for reason in noted["noise left out"].values():
+        assert reason.endswith(f"; cuts that draw it stay without noise: run `harken data verify {noises}`")
+        assert out.count(f" NOTE noise left out: {reason}\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["fit", "label"])
+def test_units_of_an_empty_manifest_are_refused(corpus, tmp_path: Path, capsys, verb: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    arguments = ["units", verb, str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    assert main([*arguments, *(["--clusterer", str(corpus.clusterer)] if verb == "label" else [])]) == 2
+    assert capsys.readouterr().err == (
+        f"harken units: {tmp_path}/empty.jsonl holds no cuts, and at least one is needed: "
+        "make it anew with `harken data scan`\n"
+    )
+
+
 def test_a_run_stops_when_too_much_cannot_be_read(train, corpus, tmp_path: Path) -> None:
     manifest = with_bad_audio(corpus, tmp_path, 16)
     status, _, error = train("hubert", f"data.train={manifest}", "data.max_bad_share=0.1", steps=8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,57 @@ def refusal(small: Path, *overrides: str) -> str:
         ("data.min_seconds=31", "`data.min_seconds` must be at most `data.max_seconds`, got 31.0 and 30.0"),
         ("data.speed=[3.0]", "`data.speed` factors must lie in 0.5..2, got [3.0]"),
         ("checkpoint.keep_last=0", "`checkpoint.keep_last` must be at least 1, got 0"),
+        ("log.every_steps=0", "`log.every_steps` must be positive, got 0"),
+        ("log.peak_tflops=-1", "`log.peak_tflops` must be positive, got -1.0"),
+        ("checkpoint.every_steps=-5", "`checkpoint.every_steps` must be positive, got -5"),
+        ("checkpoint.keep_best=-1", "`checkpoint.keep_best` must be at least 0, got -1"),
+        ("train.valid_every_steps=0", "`train.valid_every_steps` must be positive, got 0"),
+        ("train.steps=0", "`train.steps` must be positive, got 0"),
+        ("train.ema_decay=1.5", "`train.ema_decay` must lie in 0..1, got 1.5"),
+        ("engine.threads=-1", "`engine.threads` must be at least 0, got -1"),
+        ("engine.timeout_seconds=0", "`engine.timeout_seconds` must be positive, got 0"),
+        ("batch.buckets=0", "`batch.buckets` must be positive, got 0"),
+        ("data.crop_seconds=0", "`data.crop_seconds` must be positive, got 0.0"),
+        ("data.max_seconds=.nan", "`data.max_seconds` must be positive, got nan"),
+        ("data.prefetch_batches=0", "`data.prefetch_batches` must be positive, got 0"),
+        ("data.workers=-1", "`data.workers` must be at least 0, got -1"),
+        ("data.noise_probability=2", "`data.noise_probability` must lie in 0..1, got 2.0"),
+        ("data.noise_snr_db=[20,10]", "`data.noise_snr_db` is [lowest, highest], got [20.0, 10.0]"),
+        ("encoder.heads=0", "`encoder.heads` must be positive, got 0"),
+        ("encoder.dropout=-0.1", "`encoder.dropout` must lie in 0..1, got -0.1"),
+        ("frontend.bands=0", "`frontend.bands` must be positive, got 0"),
+        ("objective.head_upsampling=0", "`objective.head_upsampling` must be positive, got 0"),
+        ("optimizer.betas=[0.9,1.1]", "`optimizer.betas` must lie in 0..1, got [0.9, 1.1]"),
+        ("schedule.peak=0", "`schedule.peak` must be positive, got 0.0"),
+        (
+            "batch.seconds_per_step=90",
+            (
+                "`batch.seconds_per_step` must be a multiple of `batch.max_seconds`, within 10 %, got 90 and 60: "
+                "set it to 60 or 120, or change `batch.max_seconds`"
+            ),
+        ),
+        (
+            "data.sample_rate=8000",
+            (
+                "`data.sample_rate` must equal `frontend.sample_rate`, so that audio is heard at the rate "
+                "that it is read at, got 8000 and 16000"
+            ),
+        ),
+        (
+            "data.crop_seconds=15",
+            (
+                "`data.crop_seconds` must be null with `objective.name: ctc`, whose targets belong to whole cuts, "
+                "got 15: leave longer cuts out with `data.max_seconds`"
+            ),
+        ),
         ("frontend.subsampling=3", "`frontend.subsampling` must be 1, 2, 4 or 8, got 3"),
         # what is no override
         ("", "an override is `key=value`, got ``"),
         ("data.train=${nowhere}", "cannot resolve the configuration"),
+        (
+            "data.labels=[a",
+            "the value of an override must be YAML, got `data.labels=[a`: did not find expected ',' or ']'",
+        ),
     ],
 )
 def test_a_mistake_is_named(small: Path, override: str, message: str) -> None:
@@ -108,6 +155,25 @@ def test_all_mistakes_are_told_at_once(small: Path) -> None:
     text = refusal(small, "encoder.layer=6", "train.steps=often", "encoder.heads=7")
     assert "`encoder.layer`" in text
     assert "`train.steps`" in text
+
+
+def test_every_wrong_number_of_a_group_is_told(small: Path) -> None:
+    text = refusal(small, "train.steps=0", "train.patience=-1", "log.every_steps=0")
+    assert text.splitlines() == [
+        "`train.steps` must be positive, got 0",
+        "`train.patience` must be at least 0, got -1",
+        "`log.every_steps` must be positive, got 0",
+    ]
+
+
+def test_a_step_may_be_off_a_multiple_by_a_tenth(small: Path) -> None:
+    assert load([small], ["batch.seconds_per_step=130"]).config.batch.micro_batches_per_step == 2
+    assert "set it to 120 or 180" in refusal(small, "batch.seconds_per_step=135")
+
+
+def test_crops_are_for_objectives_that_do_not_need_whole_cuts(small: Path) -> None:
+    config = load([small], ["objective.name=hubert", "objective.classes=[7]", "data.crop_seconds=15"]).config
+    assert config.data.crop_seconds == 15.0
 
 
 def test_labels_and_speed_exclude_each_other(small: Path) -> None:
@@ -181,7 +247,7 @@ def every_key() -> list[tuple[str, str]]:
     keys = [(key, "") for key in flatten(asdict(from_dict(SMALL))) if key.split(".")[0] not in SLOTS]
     for slot in SLOTS:
         for name in available(slot):
-            keys += [(f"{slot}.{key}", name) for key in find(slot, name).config.__dataclass_fields__ if key != "name"]
+            keys += [(f"{slot}.{item.name}", name) for item in fields(find(slot, name).config) if item.name != "name"]
     return keys
 
 

@@ -10,6 +10,7 @@ README.md runs first, on a corpus of tones; every other page starts in a copy of
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -18,11 +19,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from harken.config.registry import SLOTS, find
+from harken.config.schema import RunConfig
+from harken.encoders.stack import StackConfig
+from harken.units.kmeans import KMeansConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = Path(__file__).with_name("docs_server.py")
@@ -31,7 +38,17 @@ LINKED = ["README.md", *(f"docs/{name}" for name in PAGES), "egs/amazon_queen/RE
 FENCE = re.compile(r"^```(\w+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"(?:#!.*\n)?# ([\w./-]+\.\w+)\n")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+GROUPS = {"data", "batch", "train", "engine", "checkpoint", "log"}
 LARGE = 100_000  # bytes; such files are linked into a page's folder, not copied: they are replaced, never changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeclaredAnew(StackConfig):
+    """A part whose author forgot to say what the new default means."""
+
+    dim: int = 7
+    kernel: int = 3
+    """Frames."""
 
 
 def load(path: Path):
@@ -247,6 +264,29 @@ def test_every_warning_of_the_code_is_in_the_symptom_index() -> None:
     assert len(warnings) >= 5
     # the words before the first thing that is filled in
     assert [text for text in warnings if text.split("\0")[0].strip() not in page] == []
+
+
+def test_every_field_of_a_configuration_says_what_it_means() -> None:
+    table = load(ROOT / "tools/config_table.py")
+    groups = [RunConfig, KMeansConfig, *(part for slot in SLOTS for _, part in table.parts(slot))]
+    hints = typing.get_type_hints(RunConfig)
+    groups += [hints[field.name] for field in dataclasses.fields(RunConfig) if field.name in GROUPS]
+    silent = []
+    for cls in groups:
+        told = table.field_docstrings(cls)
+        silent += [f"{cls.__name__}.{field.name}" for field in dataclasses.fields(cls) if not told.get(field.name)]
+    assert [name for name in silent if not name.endswith(".name")] == [], "write a docstring under these fields"
+
+
+def test_the_table_of_settings_has_the_docstrings_of_inherited_fields() -> None:
+    table = load(ROOT / "tools/config_table.py")
+
+    told = table.field_docstrings(find("encoder", "conformer").config)
+    assert told["position_groups"].startswith("Groups of the convolution"), "of StackConfig"
+    assert told["dim"].startswith("Width of a representation. The paper's encoder dim"), "its own"
+    assert table.own_docstrings(DeclaredAnew) == {"dim": "", "kernel": "Frames."}
+    assert table.field_docstrings(DeclaredAnew)["dim"] == "", "the base's words are of the base's default"
+    assert "### encoder.name: conformer" in (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_settings_is_up_to_date() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from harken.config.schema import BatchConfig, DataConfig
 from harken.core.batch import Batch
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
-from harken.data.dataset import as_it_is
+from harken.data.dataset import Task, as_it_is
 from harken.data.loader import EvalLoader, Position, TrainLoader
 from harken.data.manifest import Manifest
 from harken.data.plan import make_plan, select
@@ -189,6 +192,98 @@ def test_crops_begin_at_whole_frames(corpus) -> None:
     assert (starts % 320 == 0).all()
     assert (starts > 0).any()
     assert max(int(batch.lengths.max()) for batch in batches) == 2 * 16000
+
+
+def with_missing_audio(corpus, path: Path, places: list[int]) -> Path:
+    """Copy the training manifest; the files of some of its cuts are not there."""
+    lines = [json.loads(line) for line in corpus.train.read_text().splitlines()]
+    for place in places:
+        lines[place]["recording"]["sources"][0]["source"] = f"/nowhere/{place}.flac"
+    path.write_text("".join(json.dumps(data) + "\n" for data in lines))
+    return path
+
+
+def test_a_substitute_is_one_of_the_selection_and_its_batch_does_not_grow(corpus, tmp_path: Path) -> None:
+    """Every third cut is missing; the selection leaves half of the cuts out, the longest ones."""
+    seconds = np.asarray(Manifest(corpus.train).seconds)
+    limit = float(np.median(seconds))
+    missing = [place for place in range(len(seconds)) if place % 3 == 0]
+    path = with_missing_audio(corpus, tmp_path / "missing.jsonl", missing)
+    data = DataConfig(train=str(path), max_seconds=limit, workers=0)
+    own = TrainLoader(data, SMALL, random_part, seed=3, hop=320)
+    chosen = {f"train-{place:03d}" for place in own.selection.places}
+    replaced = 0
+    for epoch in range(3):
+        plan = make_plan(own.selection, SMALL, Draws(3, epoch))
+        for place in range(len(plan)):
+            batch = own.dataset[Task(epoch, 0, place, plan[place])]
+            replaced += len(batch.notes)
+            assert set(batch.ids) <= chosen
+            assert batch.padded <= SMALL.max_seconds * 16000
+    assert replaced == 3 * len({f"train-{place:03d}" for place in missing} & chosen) > 0
+
+
+def test_substitutes_are_no_longer_than_the_batch_unless_it_has_room(corpus, tmp_path: Path) -> None:
+    """The five shortest cuts are missing."""
+    seconds = np.asarray(Manifest(corpus.train).seconds)
+    order = np.argsort(seconds, kind="stable")
+    path = with_missing_audio(corpus, tmp_path / "missing.jsonl", [int(place) for place in order[:5]])
+    own = TrainLoader(DataConfig(train=str(path), workers=0), SMALL, random_part, seed=3, hop=320)
+    batch = own.dataset[Task(0, 0, 0, order[[0, 1, 2, 39]])]
+    assert len(batch.notes) == 3
+    assert int(batch.lengths.max()) == round(float(seconds[order[39]]) * 16000), "it has substitutes enough"
+    batch = own.dataset[Task(0, 0, 0, order[:3])]
+    assert set(batch.ids) == {f"train-{order[5]:03d}"}, "the next longer one that can be read"
+    assert batch.padded <= SMALL.max_seconds * 16000
+    with pytest.raises(HarkenError, match="and 2 others drawn in its stead cannot be read either"):
+        own.dataset[Task(0, 0, 0, np.repeat(order[:3], 3))]
+
+
+def test_a_substitute_follows_from_seed_epoch_and_cut(corpus, tmp_path: Path) -> None:
+    path = with_missing_audio(corpus, tmp_path / "missing.jsonl", [5])
+    data = DataConfig(train=str(path), crop_seconds=1.0, workers=0)
+
+    def substitute(seed: int, epoch: int, batch: list[int]) -> str:
+        own = TrainLoader(data, SMALL, random_part, seed=seed, hop=320)
+        ids = own.dataset[Task(epoch, 0, 0, np.array(batch))].ids
+        return ids[batch.index(5)]
+
+    first = substitute(3, 0, [5, 1, 2])
+    assert first == substitute(3, 0, [2, 5, 9]), "of a cropped batch every cut may stand in it"
+    others = {substitute(seed, epoch, [5, 1, 2]) for seed in (3, 4) for epoch in range(4)}
+    assert len(others) > 2
+
+
+def test_the_shortest_cut_alone_in_its_batch_has_a_substitute(corpus, tmp_path: Path) -> None:
+    seconds = np.asarray(Manifest(corpus.train).seconds)
+    shortest = int(np.argmin(seconds))
+    path = with_missing_audio(corpus, tmp_path / "missing.jsonl", [shortest])
+    own = TrainLoader(DataConfig(train=str(path), workers=0), SMALL, random_part, seed=3, hop=320)
+    batch = own.dataset[Task(0, 0, 0, np.array([shortest]))]
+    second = int(np.argsort(seconds, kind="stable")[1])
+    assert batch.ids == (f"train-{second:03d}",)
+    assert batch.notes[0].reason.endswith(f"`train-{second:03d}` took its place")
+
+
+def test_validation_reads_whole_cuts(corpus) -> None:
+    data = DataConfig(train=str(corpus.train), workers=0, crop_seconds=0.5)
+    for batch, _ in EvalLoader(str(corpus.valid), data, 6.0, as_it_is):
+        assert not batch.starts.any()
+        whole = {cut.id: cut.num_samples for cut in Manifest(corpus.valid)}
+        assert batch.lengths.tolist() == [whole[cut] for cut in batch.ids]
+
+
+def test_an_empty_manifest_is_named(corpus, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    said = f"{re.escape(str(empty))} holds no cuts, and at least one is needed: make it anew with `harken data scan`"
+    data = DataConfig(train=str(corpus.train), noise=str(empty))
+    with pytest.raises(HarkenError, match=said):
+        TrainLoader(replace(data, train=str(empty), noise=None), SMALL, random_part, seed=3, hop=320)
+    with pytest.raises(HarkenError, match=said):
+        TrainLoader(data, SMALL, random_part, seed=3, hop=320)
+    with pytest.raises(HarkenError, match=said):
+        EvalLoader(str(empty), data, 6.0, as_it_is)
 
 
 def test_the_evaluation_loader_gives_every_cut_once_over_all_ranks(corpus) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from harken.config.registry import SLOTS
 from harken.config.schema import RunConfig
@@ -94,7 +95,7 @@ def _layers(path: Path) -> list[tuple[dict[str, Any], str]]:
         data = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise HarkenError(f"cannot read the configuration {path}: {error}") from error
-    except Exception as error:  # yaml's errors share no public base with OmegaConf's
+    except YAMLError as error:
         raise HarkenError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise HarkenError(f"{path} must hold a group of keys, got {type(data).__name__}")
@@ -107,7 +108,11 @@ def _layers(path: Path) -> list[tuple[dict[str, Any], str]]:
 def _dotted(text: str) -> dict[str, Any]:
     if "=" not in text:
         raise HarkenError(f"an override is `key=value`, got `{text}`")
-    data = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    try:
+        data = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise HarkenError(f"the value of an override must be YAML, got `{text}`: {why}") from error
     if not isinstance(data, dict):
         raise HarkenError(f"an override is `key=value`, got `{text}`")
     return {str(key): value for key, value in data.items()}

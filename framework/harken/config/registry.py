@@ -11,7 +11,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from harken.core.errors import HarkenError, nearest
 
@@ -29,7 +29,13 @@ HELPERS = frozenset({"base", "backbone", "saved", "stack"})
 
 @dataclass(frozen=True, kw_only=True)
 class SlotConfig:
-    """Base of every part's configuration; `name` selects the part."""
+    """Base of every part's configuration; `name` selects the part.
+
+    whole_cuts: an objective sets it whose target belongs to a cut as a whole (its transcript, its speaker's words), so
+        that a crop of the audio would be taught what it does not hold: such a run may not crop.
+    """
+
+    whole_cuts: ClassVar[bool] = False
 
     name: str
 

@@ -6,20 +6,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harken.config.registry import SlotConfig
+from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the audio is and how it is read.
-
-    train, valid: indexed manifests (Lhotse cuts as JSONL). labels: one packed store for each codebook.
-    """
+    """Where the audio is and how it is read."""
 
     train: str
+    """Indexed manifest that is trained on: Lhotse cuts as JSONL, made by `harken data scan`."""
     valid: str | None = None
+    """Indexed manifest for validation, read whole: no crop, no augmentation. None validates never."""
     labels: tuple[str, ...] = ()
+    """One label store (`harken units label`) for each codebook, with the cuts of `train` and of `valid`."""
     sample_rate: int = 16000
+    """Samples a second that audio is resampled to; equals `frontend.sample_rate`. fairseq task `sample_rate`."""
     min_seconds: float = 0.5
     """Shorter cuts are left out and counted. fairseq `min_sample_size` is 32000 (2 s) for LibriSpeech."""
     max_seconds: float = 30.0
@@ -31,15 +33,24 @@ class DataConfig:
     noise: str | None = None
     """Manifest of noises to mix in."""
     noise_probability: float = 0.5
+    """Share of the cuts that get noise, drawn anew each epoch."""
     noise_snr_db: tuple[float, ...] = (10.0, 20.0)
     """Lowest and highest signal-to-noise ratio in dB."""
     workers: int = 1
     """Loader processes for each rank; 0 reads in the training process."""
     prefetch_batches: int = 8
+    """Micro-batches that each loader process reads ahead."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the cuts read so far could not be read."""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "data",
+            positive=("sample_rate", "max_seconds", "crop_seconds", "prefetch_batches"),
+            not_negative=("min_seconds", "workers"),
+            shares=("noise_probability", "max_bad_share"),
+        )
         if self.labels and self.speed:
             raise HarkenError("`data.speed` moves the frames away from `data.labels`: give one of the two, got both")
         if any(not 0.5 <= factor <= 2.0 for factor in self.speed):
@@ -48,7 +59,7 @@ class DataConfig:
             raise HarkenError(
                 f"`data.min_seconds` must be at most `data.max_seconds`, got {self.min_seconds} and {self.max_seconds}"
             )
-        if len(self.noise_snr_db) != 2:
+        if len(self.noise_snr_db) != 2 or self.noise_snr_db[0] > self.noise_snr_db[1]:
             raise HarkenError(f"`data.noise_snr_db` is [lowest, highest], got {list(self.noise_snr_db)}")
 
 
@@ -59,15 +70,27 @@ class BatchConfig:
     max_seconds: float
     """Padded audio of a micro-batch. fairseq HuBERT Base: `max_tokens: 1400000` samples = 87.5 s."""
     seconds_per_step: float
-    """Audio of an optimiser step over all ranks. HuBERT Base: 32 GPUs x 87.5 s = 2800 s (arXiv 2106.07447, IV-C)."""
+    """Audio of an optimiser step over all ranks: a multiple of `max_seconds`, to which it is rounded when off by at
+    most 10 %. HuBERT Base: 32 GPUs x 87.5 s = 2800 s (arXiv 2106.07447, IV-C)."""
     buckets: int = 30
     """Duration buckets; cuts of one micro-batch come from one bucket."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "batch", positive=("buckets",))
         if self.max_seconds <= 0 or self.seconds_per_step < self.max_seconds:
             raise HarkenError(
                 "`batch.seconds_per_step` must be at least `batch.max_seconds`, and both positive, "
                 f"got {self.seconds_per_step} and {self.max_seconds}"
+            )
+        count = self.micro_batches_per_step
+        if abs(count * self.max_seconds - self.seconds_per_step) > 0.1 * self.seconds_per_step:
+            # rounding it in silence would train with another batch size than the paper's beside which it is set
+            below = int(self.seconds_per_step / self.max_seconds)
+            near = " or ".join(f"{self.max_seconds * times:g}" for times in (below, below + 1))
+            raise HarkenError(
+                "`batch.seconds_per_step` must be a multiple of `batch.max_seconds`, within 10 %, "
+                f"got {self.seconds_per_step:g} and {self.max_seconds:g}: set it to {near}, or change "
+                "`batch.max_seconds`"
             )
 
     @property
@@ -81,15 +104,26 @@ class TrainConfig:
     """How long to train and what to watch."""
 
     steps: int
+    """Optimiser steps of the whole run, resumed parts included. fairseq `max_update`: 400000 in HuBERT Base."""
     clip_norm: float = 10.0
     """Total gradient norm allowed; 0 switches clipping off. fairseq HuBERT: `clip_norm: 10.0`."""
     init_from: str | None = None
     """Checkpoint (or export) whose `backbone` weights start this run; the head starts afresh."""
     valid_every_steps: int = 500
+    """Steps from one validation to the next; the last step is followed by one in any case."""
     patience: int = 0
     """Stop after this many validations without a better `checkpoint.metric`; 0 never stops."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, used for validation and saved beside them; 0 is off."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "train",
+            positive=("steps", "valid_every_steps"),
+            not_negative=("clip_norm", "patience"),
+            shares=("ema_decay",),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +131,27 @@ class EngineConfig:
     """DeepSpeed's typed settings; `deepspeed` is merged over what they make."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """What ranks divide among them instead of each keeping it whole: 1 the optimiser's state, 2 gradients too, 3
+    weights too. Source: ZeRO, arXiv 1910.02054; DeepSpeed `zero_optimization.stage`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 run matrix products in half precision (autocast) over float32 weights."""
     activation_checkpointing: bool = False
+    """Compute each encoder block again in the backward pass instead of keeping its activations: less memory, about a
+    third more time. Source: arXiv 1604.06174; fairseq `checkpoint_activations`."""
     offload_optimizer: bool = False
+    """Keep the optimiser's state in the host's memory. DeepSpeed `zero_optimization.offload_optimizer`."""
     threads: int = 0
     """CPU threads of a rank; 0 divides the machine's cores among its ranks."""
     bucket_bytes: int = 50_000_000
+    """What ZeRO reduces and gathers at a time: DeepSpeed's `reduce_bucket_size` and `allgather_bucket_size`, which
+    count numbers, of float32 four bytes each."""
     timeout_seconds: int = 600
+    """How long a rank waits for another before the run ends with an error."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration, merged over what harken makes of the fields above."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "engine", positive=("bucket_bytes", "timeout_seconds"), not_negative=("threads",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +159,18 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     every_steps: int = 1000
+    """Steps from one checkpoint to the next; one is saved after each validation and at the end in any case."""
     keep_last: int = 2
+    """Newest checkpoints that are kept; at least 1, to resume from."""
     keep_best: int = 1
+    """Checkpoints with the best `metric` that are kept besides."""
     metric: str = "loss"
     """Validation metric that decides which checkpoints are best."""
     higher_is_better: bool = False
+    """Whether a larger `metric` is the better one: false for a loss, true for an accuracy."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "checkpoint", positive=("every_steps",), not_negative=("keep_best",))
         if self.keep_last < 1:
             raise HarkenError(
                 f"`checkpoint.keep_last` must be at least 1, got {self.keep_last}: "
@@ -132,11 +183,16 @@ class LogConfig:
     """What is written while training."""
 
     every_steps: int = 50
+    """Steps from one log line and record of `metrics.jsonl` to the next."""
     tensorboard: bool = True
+    """Write the figures for TensorBoard too, into the run's `tensorboard/`."""
     samples: bool = False
     """Write the ids and a hash of the masks of every micro-batch to samples.jsonl."""
     peak_tflops: float | None = None
     """Peak of the device for model FLOP/s utilisation; measured by a large matrix product when not given."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "log", positive=("every_steps", "peak_tflops"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +200,42 @@ class RunConfig:
     """Everything that decides a run."""
 
     seed: int = 1
+    """Of the weights and of every draw: order, crops, masks, augmentation, dropout. fairseq `seed`."""
     frontend: SlotConfig
+    """Raw audio to frames."""
     encoder: SlotConfig
+    """Frames to representations."""
     objective: SlotConfig
+    """What is learned: head, targets and loss."""
     optimizer: SlotConfig
+    """How gradients change the weights."""
     schedule: SlotConfig
+    """The learning rate of each step."""
     data: DataConfig
+    """Where the audio is and how it is read."""
     batch: BatchConfig
+    """How much audio goes into a micro-batch and into a step."""
     train: TrainConfig
+    """How long to train and what to watch."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """Precision, memory and processes."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save and what to keep."""
     log: LogConfig = field(default_factory=LogConfig)
+    """What is written while training."""
 
     def __post_init__(self) -> None:
+        rate = getattr(self.frontend, "sample_rate", self.data.sample_rate)
+        if rate != self.data.sample_rate:
+            raise HarkenError(
+                "`data.sample_rate` must equal `frontend.sample_rate`, so that audio is heard at the rate that it is "
+                f"read at, got {self.data.sample_rate} and {rate}"
+            )
+        if self.objective.whole_cuts and self.data.crop_seconds is not None:
+            raise HarkenError(
+                f"`data.crop_seconds` must be null with `objective.name: {self.objective.name}`, whose targets belong "
+                f"to whole cuts, got {self.data.crop_seconds:g}: leave longer cuts out with `data.max_seconds`"
+            )
         if self.train.patience and self.data.valid is None:
             raise HarkenError("`train.patience` counts validations: it needs `data.valid`, which is not given")
         longest = self.data.crop_seconds or self.data.max_seconds

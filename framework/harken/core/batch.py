@@ -10,7 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Note:
-    """What happened to a cut: `kind` is `replaced` (it could not be read) or `left out` (it cannot be learned)."""
+    """What happened to a cut.
+
+    kind: `replaced` (it could not be read), `left out` (it cannot be learned), `noise left out` (`cut` is a noise that
+    could not be read). cut: its id. reason: a line for the user.
+    """
 
     kind: str
     cut: str

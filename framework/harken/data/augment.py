@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from harken.config.schema import DataConfig
+from harken.core.batch import Note
 from harken.core.draws import Draws
 from harken.data.manifest import Manifest
-from harken.data.read import Samples, read_cut, resample
+from harken.data.read import Samples, UnreadableAudioError, read_cut, resample
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,30 @@ class Augmentation:
     @classmethod
     def build(cls, config: DataConfig) -> Augmentation:
         """Open the noise manifest if there is one."""
-        return cls(config, Manifest(config.noise) if config.noise else None)
+        return cls(config, Manifest.filled(config.noise) if config.noise else None)
 
-    def __call__(self, samples: Samples, cut: str, draws: Draws) -> Samples:
-        """Return `samples` `(S,)` at another speed and with noise, by the draws of this cut and epoch."""
+    def __call__(self, samples: Samples, cut: str, draws: Draws, notes: list[Note]) -> Samples:
+        """Return `samples` `(S,)` at another speed and with noise, by the draws of this cut and epoch.
+
+        A noise that cannot be read is noted under its own id, and `samples` stay without noise.
+        """
         if self.config.speed:
             rng = draws.generator("speed", cut)
             samples = change_speed(samples, self.config.speed[int(rng.integers(len(self.config.speed)))])
         if self.noises is not None:
-            samples = self._add_noise(samples, self.noises, draws.generator("noise", cut))
+            samples = self._add_noise(samples, self.noises, draws.generator("noise", cut), notes)
         return samples
 
-    def _add_noise(self, samples: Samples, noises: Manifest, rng: np.random.Generator) -> Samples:
+    def _add_noise(self, samples: Samples, noises: Manifest, rng: np.random.Generator, notes: list[Note]) -> Samples:
         if rng.random() >= self.config.noise_probability:
             return samples
-        noise = read_cut(noises[int(rng.integers(len(noises)))], self.config.sample_rate)
+        chosen = noises[int(rng.integers(len(noises)))]
+        try:
+            noise = read_cut(chosen, self.config.sample_rate)
+        except UnreadableAudioError as error:
+            again = f"run `harken data verify {noises.path}`"
+            notes.append(Note("noise left out", chosen.id, f"{error}; cuts that draw it stay without noise: {again}"))
+            return samples
         start = int(rng.integers(0, max(1, len(noise) - len(samples))))
         low, high = self.config.noise_snr_db
         return mix(samples, noise[start:], float(rng.uniform(low, high)))

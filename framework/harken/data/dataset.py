@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,12 +17,14 @@ from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
 from harken.data.manifest import Manifest
+from harken.data.plan import Selection
 from harken.data.read import Samples, UnreadableAudioError, read_cut
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 Prepare = Callable[[Batch, Draws], Batch]
+SUBSTITUTES = 20  # cuts that are tried in the stead of one that cannot be read
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
     """Maps a Task to a Batch; everything random comes from (seed, epoch, cut id).
 
     crop_hop: crops begin at multiples of this many samples, the frontend's stride, so that labels keep their alignment.
+    selection: the cuts of which an unreadable one is replaced; the whole manifest when None.
+    max_seconds: padded audio that a micro-batch may hold, before `data.speed` slows it.
     """
 
     manifest: Manifest
@@ -57,37 +62,55 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
     seed: int
     crop_hop: int = 1
     augmentation: Augmentation | None = None
+    selection: Selection | None = None
+    max_seconds: float = math.inf
 
     def __getitem__(self, task: Task) -> Batch:
         """Read, augment, pad and prepare a micro-batch."""
         draws = Draws(self.seed, task.epoch)
         notes: list[Note] = []
-        rows = [self._row(int(place), draws, notes) for place in task.places]
+        rows = [self._row(int(place), task, draws, notes) for place in task.places]
         batch = collate(rows)
         return self.prepare(replace(batch, notes=tuple(notes), micro_batch=task.micro_batch), draws)
 
-    def _row(self, place: int, draws: Draws, notes: list[Note]) -> Row:
+    def _row(self, place: int, task: Task, draws: Draws, notes: list[Note]) -> Row:
         """Read a cut, or in its stead the first readable one of a seeded sequence of others."""
         cut = self.manifest[place]
         try:
-            return self._read(cut, draws)
+            return self._read(cut, draws, notes)
         except UnreadableAudioError as error:
             reason = str(error)
-        rng = draws.generator("substitute", cut.id)
-        for _ in range(20):
-            other = self.manifest[int(rng.integers(len(self.manifest)))]
+        others = self._substitutes(place, task.places, draws.generator("substitute", cut.id))
+        for other in (self.manifest[int(item)] for item in others):
             try:
-                row = self._read(other, draws)
+                row = self._read(other, draws, notes)
             except UnreadableAudioError:
                 continue
             notes.append(Note("replaced", cut.id, f"{reason}; `{other.id}` took its place"))
             return row
         raise HarkenError(
-            f"{reason}; and 20 others drawn in its stead cannot be read either: "
+            f"{reason}; and {len(others)} others drawn in its stead cannot be read either: "
             f"run `harken data verify {self.manifest.path}`"
         )
 
-    def _read(self, cut: Cut, draws: Draws) -> Row:
+    def _substitutes(self, place: int, batch: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        """Draw other places of the selection whose cuts are no longer than the longest of the micro-batch.
+
+        Where these are few, the next longer ones that the batch has room for follow. Which batch a cut is in follows
+        from seed and epoch, so the draw is a function of (seed, epoch, cut id) as any other.
+        """
+        places = np.arange(len(self.manifest)) if self.selection is None else self.selection.places
+        others = places[places != place]
+        crop = math.inf if self.config.crop_seconds is None else self.config.crop_seconds
+        seconds = np.minimum(self.manifest.seconds[others], crop)
+        longest = min(float(self.manifest.seconds[batch].max()), crop)
+        short = others[seconds <= longest]
+        drawn = rng.permutation(short) if len(short) <= SUBSTITUTES else rng.choice(short, SUBSTITUTES, replace=False)
+        longer = np.flatnonzero((seconds > longest) & (seconds * len(batch) <= self.max_seconds))
+        longer = longer[np.argsort(seconds[longer], kind="stable")] if len(short) < SUBSTITUTES else longer[:0]
+        return np.concatenate([drawn, others[longer]])[:SUBSTITUTES]
+
+    def _read(self, cut: Cut, draws: Draws, notes: list[Note]) -> Row:
         start = 0
         limit = self.config.crop_seconds
         name, text = cut.id, " ".join(part.text.strip() for part in cut.supervisions if part.text)
@@ -98,7 +121,7 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
             cut = cut.truncate(offset=start / rate, duration=limit)
         samples = read_cut(cut, self.config.sample_rate)
         if self.augmentation is not None:
-            samples = self.augmentation(samples, name, draws)
+            samples = self.augmentation(samples, name, draws, notes)
         return Row(name, text, samples, start)
 
 

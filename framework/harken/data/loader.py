@@ -6,7 +6,7 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        manifest = Manifest(config.train)
+        manifest = Manifest.filled(config.train)
         self.config, self.batch, self.seed = config, batch, seed
         self.rank, self.world_size = rank, world_size
         slowest = min(config.speed, default=1.0)
@@ -78,7 +78,16 @@ class TrainLoader:
             self.selection = Selection(
                 self.selection.places, self.selection.seconds / np.float32(slowest), self.selection.dropped
             )
-        self.dataset = MicroBatches(manifest, config, prepare, seed, hop, Augmentation.build(config))
+        self.dataset = MicroBatches(
+            manifest,
+            config,
+            prepare,
+            seed,
+            hop,
+            Augmentation.build(config),
+            self.selection,
+            batch.max_seconds * min(slowest, 1.0),
+        )
 
     def steps_in(self, epoch: int) -> int:
         """Return the number of steps of an epoch."""
@@ -100,18 +109,23 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every cut of a manifest once, in batches by duration; ranks divide the batches."""
+    """Every cut of a manifest once and whole, in batches by duration; ranks divide the batches.
+
+    `data.crop_seconds` is for training: a figure over all of the audio has no draw in it, and labels keep their frames.
+    """
 
     def __init__(
         self, path: str, config: DataConfig, max_seconds: float, prepare: Prepare, *, rank: int = 0, world_size: int = 1
     ) -> None:
-        manifest = Manifest(path)
-        self.config, self.rank, self.world_size = config, rank, world_size
+        manifest = Manifest.filled(path)
+        self.config, self.rank, self.world_size = replace(config, crop_seconds=None), rank, world_size
         longest = float(np.asarray(manifest.seconds).max())
         selection = select(np.asarray(manifest.seconds), 0.0, longest, None)
         batch = BatchConfig(max_seconds=max(max_seconds, longest), seconds_per_step=max(max_seconds, longest))
         self.plan = make_plan(selection, batch, Draws(0, 0), shuffle=False)
-        self.dataset = MicroBatches(manifest, config, prepare, 0)
+        self.dataset = MicroBatches(
+            manifest, self.config, prepare, 0, selection=selection, max_seconds=batch.max_seconds
+        )
 
     def __len__(self) -> int:
         """Number of batches over all ranks."""

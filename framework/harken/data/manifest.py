@@ -40,6 +40,19 @@ class Manifest:
         self.card: dict[str, Any] = self._read_card()
         self._stream: FileIO | None = None
 
+    @classmethod
+    def filled(cls, path: str | Path) -> Manifest:
+        """Open a manifest that must hold cuts.
+
+        Raises HarkenError naming the file when it holds none.
+        """
+        manifest = cls(path)
+        if not len(manifest):
+            raise HarkenError(
+                f"{manifest.path} holds no cuts, and at least one is needed: make it anew with `harken data scan`"
+            )
+        return manifest
+
     def _read_card(self) -> dict[str, Any]:
         path = index_folder(self.path) / "card.json"
         if not path.is_file():

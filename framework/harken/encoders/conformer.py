@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harken.config.registry import register
+from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 from harken.encoders.stack import Stack, StackConfig
 from harken.nn.attention import SelfAttention
@@ -20,16 +21,21 @@ class ConformerConfig(StackConfig):
     """Defaults are Conformer M's (arXiv 2005.08100 table 1 and section 3.2), with the positions of wav2vec 2.0."""
 
     dim: int = 256
+    """Width of a representation. The paper's encoder dim: 144 in S, 256 in M, 512 in L."""
     layers: int = 16
+    """Blocks. The paper's encoder layers: 16 in S and M, 17 in L."""
     heads: int = 4
+    """Attention heads of a block; they divide `dim`. The paper has 4 in S and M, 8 in L."""
     ffn_dim: int = 1024
-    """Of each of the two half feed-forwards; the paper's expansion factor is 4."""
+    """Inner width of each of the two half feed-forwards; the paper's expansion factor is 4."""
     layer_drop: float = 0.0
+    """Chance of a block to be passed over in a training step; the paper drops none."""
     kernel: int = 31
     """Frames of the depthwise convolution, odd. The paper found 32 best, and padding is even only for an odd one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(self, "encoder", positive=("kernel",))
         if self.kernel % 2 == 0:
             raise HarkenError(f"`encoder.kernel` must be odd, got {self.kernel}")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harken.config.registry import SlotConfig
+from harken.config.rules import check_numbers
 from harken.core.batch import padding_mask
 from harken.core.draws import shared_uniform
 from harken.core.errors import HarkenError
@@ -22,22 +23,35 @@ class StackConfig(SlotConfig):
     """Defaults are HuBERT Base's (arXiv 2106.07447 table I; fairseq `hubert_base_librispeech.yaml`)."""
 
     dim: int = 768
-    """fairseq `encoder_embed_dim`."""
+    """Width of a representation. fairseq `encoder_embed_dim`; 768 in Base, 1024 in Large, 1280 in X-Large."""
     layers: int = 12
+    """Blocks. fairseq `encoder_layers`; 12 in Base, 24 in Large, 48 in X-Large."""
     heads: int = 12
+    """Attention heads of a block; they divide `dim`. fairseq `encoder_attention_heads`; 12 in Base, 16 in Large."""
     ffn_dim: int = 3072
+    """Inner width of a feed-forward. fairseq `encoder_ffn_embed_dim`; 3072 in Base, 4096 in Large, 5120 in X-Large."""
     dropout: float = 0.1
+    """After each branch of a block and after the positions. fairseq `dropout`; 0.1 in Base, 0 in Large."""
     attention_dropout: float = 0.1
+    """Of attention weights. fairseq `attention_dropout`; 0.1 in Base, 0 in Large."""
     activation_dropout: float = 0.0
+    """Inside a feed-forward, after its activation. fairseq `activation_dropout`."""
     input_dropout: float = 0.1
-    """fairseq `dropout_input`."""
+    """Of the projected frames. fairseq `dropout_input`; 0.1 in Base, 0 in Large."""
     layer_drop: float = 0.05
-    """fairseq `encoder_layerdrop`; 0.05 in Base, 0 in Large."""
+    """Chance of a block to be passed over in a training step. fairseq `encoder_layerdrop`; 0.05 in Base, 0 in Large."""
     position_kernel: int = 128
-    """fairseq `conv_pos`."""
+    """Frames that the convolution of the positions covers. fairseq `conv_pos`."""
     position_groups: int = 16
+    """Groups of the convolution of the positions; they divide `dim`. fairseq `conv_pos_groups`."""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "encoder",
+            positive=("dim", "layers", "heads", "ffn_dim", "position_kernel", "position_groups"),
+            shares=("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"),
+        )
         if self.dim % self.heads:
             raise HarkenError(f"`encoder.dim` must be divisible by `encoder.heads`, got {self.dim} and {self.heads}")
         if self.dim % self.position_groups:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harken.config.registry import SlotConfig, register
+from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
 from harken.frontends.base import Frontend
@@ -23,11 +24,15 @@ class FilterbankConfig(SlotConfig):
     """Kaldi's 80-bin filterbank; two strided convolutions give 40 ms frames, one gives 20 ms."""
 
     sample_rate: int = 16000
+    """Samples a second of the audio; equals `data.sample_rate`. Kaldi `sample-frequency`."""
     bands: int = 80
+    """Triangular mel bands. Kaldi `num-mel-bins`."""
     low_hz: float = 20.0
+    """Lower edge of the first band. Kaldi `low-freq`, with its default."""
     high_hz: float = 0.0
     """Upper edge of the last band; 0 is half the sample rate, a negative value counts down from there (Kaldi)."""
     channels: int = 256
+    """Width of a frame that leaves the frontend, and of its convolutions over time."""
     subsampling: int = 4
     """Frames of 10 ms that one output frame stands for: 2 or 4 (Fast-HuBERT, arXiv 2309.13860, uses 4)."""
     convolution: Literal["time", "time_frequency"] = "time"
@@ -39,6 +44,7 @@ class FilterbankConfig(SlotConfig):
     """Give each band of each utterance zero mean and unit variance."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "frontend", positive=("sample_rate", "bands", "channels", "maps"), not_negative=("low_hz",))
         if self.subsampling not in (1, 2, 4, 8):
             raise HarkenError(f"`frontend.subsampling` must be 1, 2, 4 or 8, got {self.subsampling}")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harken.config.registry import SlotConfig, register
+from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
 from harken.frontends.base import Frontend
@@ -22,10 +23,13 @@ class WaveformConfig(SlotConfig):
     """Defaults are HuBERT Base's; fairseq's option names stand behind each field."""
 
     sample_rate: int = 16000
+    """Samples a second of the audio; equals `data.sample_rate`. fairseq task `sample_rate`."""
     channels: int = 512
     """fairseq `conv_feature_layers`: the first number of each triple."""
     kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    """Width of each convolution, in outputs of the one before. fairseq `conv_feature_layers`: the second numbers."""
     strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    """Stride of each convolution; together 320 samples, 20 ms. fairseq `conv_feature_layers`: the third numbers."""
     norm: Literal["group", "layer"] = "group"
     """fairseq `extractor_mode`: `default` is group (after the first layer only), `layer_norm` is layer (after each)."""
     bias: bool = False
@@ -38,6 +42,12 @@ class WaveformConfig(SlotConfig):
     """fairseq `feature_grad_mult`, 0.1 in HuBERT Base and 1.0 in large. 0 trains no frontend."""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "frontend",
+            positive=("sample_rate", "channels", "kernels", "strides"),
+            not_negative=("grad_scale",),
+        )
         if len(self.kernels) != len(self.strides) or not self.kernels:
             raise HarkenError(
                 "`frontend.kernels` and `frontend.strides` must be of one length, "

@@ -139,7 +139,8 @@ def model_config(groups: Mapping[str, Options], classes: list[int]) -> dict[str,
 def training_config(groups: Mapping[str, Options], source: str, updates: int) -> dict[str, Any]:
     """Return the rest of the configuration: how the model was trained, for a run that goes on from it.
 
-    `data.train` cannot be known and says so. Without `max_update` the steps are the updates that were made.
+    `data.train` cannot be known and says so. Without `max_update`, or where it is 0 (no limit), the steps are the
+    updates that were made, and 1 where none were.
     """
     task, data, run = groups["task"], groups["dataset"], groups["optimization"]
     optimizer, schedule = groups["optimizer"], groups["lr_scheduler"]
@@ -170,7 +171,7 @@ def training_config(groups: Mapping[str, Options], source: str, updates: int) ->
             "max_seconds": batch_seconds,
             "seconds_per_step": batch_seconds * gpus * _list(run.get("update_freq"), [1])[0],
         },
-        "train": {"steps": run.get("max_update", updates), "clip_norm": run.get("clip_norm", 10.0)},
+        "train": {"steps": run.get("max_update") or updates or 1, "clip_norm": run.get("clip_norm", 10.0)},
     }
 
 

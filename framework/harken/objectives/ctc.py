@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harken.config.registry import SlotConfig, register
+from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
 from harken.core.batch import Batch, Note
 from harken.core.draws import Draws
@@ -29,6 +30,8 @@ from harken.objectives.base import Objective
 @dataclass(frozen=True, kw_only=True)
 class CtcConfig(SlotConfig):
     """Fine-tuning by CTC. The masks are wav2vec 2.0's form of SpecAugment (arXiv 2006.11477, 4.3 and appendix B)."""
+
+    whole_cuts: ClassVar[bool] = True
 
     tokenizer: str
     """List of characters, or a sentencepiece `.model`."""
@@ -64,6 +67,15 @@ class CtcConfig(SlotConfig):
     """Each block below the last has its learning rate multiplied by this once more."""
     head_rate: float = 1.0
     """Factor on the head's learning rate."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "objective",
+            positive=("mask_length", "mask_channel_length", "head_upsampling"),
+            not_negative=("band_masks", "band_mask_width", "freeze_steps", "layer_decay", "head_rate"),
+            shares=("mask_probability", "mask_channel_probability", "dropout"),
+        )
 
 
 @dataclass

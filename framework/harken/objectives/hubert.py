@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harken.config.registry import SlotConfig, register
+from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
 from harken.core.batch import Batch
 from harken.core.draws import Draws
@@ -49,6 +50,15 @@ class HubertConfig(SlotConfig):
     arXiv 2411.17100)."""
     separate_projections: bool = False
     """One projection for each codebook; fairseq `untie_final_proj`."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "objective",
+            positive=("classes", "mask_length", "code_dim", "temperature"),
+            not_negative=("masked_weight", "unmasked_weight", "penalty_weight"),
+            shares=("mask_probability",),
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harken.config.schema import RunConfig
 from harken.core import distributed, draws
-from harken.core.batch import Batch
+from harken.core.batch import Batch, Note
 from harken.core.errors import HarkenError
 from harken.data.loader import EvalLoader, Position, TrainLoader
 from harken.engine.base import Engine
@@ -102,7 +102,9 @@ def rehearse(run: Run) -> None:
     """
     if run.valid is None:
         return
-    figures, metric = validate(run.engine, [(run.valid.first(), True)]), run.config.checkpoint.metric
+    figures, notes = validate(run.engine, [(run.valid.first(), True)])
+    _name(run, notes, " in validation")
+    metric = run.config.checkpoint.metric
     if metric not in figures:
         raise HarkenError(f"`checkpoint.metric` must be one of {', '.join(figures)}, got `{metric}`")
 
@@ -146,10 +148,8 @@ def _advance(run: Run, batches: list[Batch], position: Position) -> None:
     )
     state.seconds += seconds
     state.cuts_read += int(rows)
-    for note in distributed.gather(notes) if noted else ():  # every rank counts them all, and stops at the same step
-        if note.cut not in state.noted.setdefault(note.kind, {}):
-            state.noted[note.kind][note.cut] = note.reason
-            say(f"NOTE {note.kind}: {note.reason}")
+    if noted:
+        _name(run, notes)
     bad, allowed = len(state.noted.get("replaced", {})), run.config.data.max_bad_share
     if bad > 10 and bad > allowed * state.cuts_read:
         names = ", ".join(list(state.noted["replaced"])[:10])
@@ -158,6 +158,15 @@ def _advance(run: Run, batches: list[Batch], position: Position) -> None:
             f"{names}, ...; run `harken data verify {run.config.data.train}`"
         )
     run.log.advance()
+
+
+def _name(run: Run, notes: list[Note], where: str = "") -> None:
+    """Count and name what happened to cuts, each once; every rank counts those of all, and stops at the same step."""
+    for note in distributed.gather(notes):
+        kind = note.kind + where
+        if note.cut not in run.state.noted.setdefault(kind, {}):
+            run.state.noted[kind][note.cut] = note.reason
+            say(f"NOTE {kind}: {note.reason}")
 
 
 def _log(run: Run, left: float) -> None:
@@ -181,9 +190,10 @@ def _validate(run: Run) -> tuple[float, bool]:
     assert run.valid is not None
     if run.average is not None:
         with run.average.applied(run.engine.model):
-            figures = validate(run.engine, run.valid)
+            figures, notes = validate(run.engine, run.valid)
     else:
-        figures = validate(run.engine, run.valid)
+        figures, notes = validate(run.engine, run.valid)
+    _name(run, notes, " in validation")
     run.log.write("valid", run.state.step, figures)
     run.log.line("valid", run.state.step, figures)
     metric, state, keep = run.config.checkpoint.metric, run.state, run.config.checkpoint

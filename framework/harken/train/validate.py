@@ -6,14 +6,17 @@ from collections.abc import Iterable
 
 import torch
 
-from harken.core.batch import Batch
+from harken.core.batch import Batch, Note
 from harken.engine.base import Engine
 from harken.train.metrics import Meter
 
 
-def validate(engine: Engine, batches: Iterable[tuple[Batch, bool]]) -> dict[str, float]:
-    """Return the metrics of a loader's batches over all ranks; masks are the same at every validation."""
-    meter = Meter()
+def validate(engine: Engine, batches: Iterable[tuple[Batch, bool]]) -> tuple[dict[str, float], list[Note]]:
+    """Return the metrics of a loader's batches over all ranks, and this rank's notes of the batches that count.
+
+    Masks are the same at every validation.
+    """
+    meter, notes = Meter(), list[Note]()
     training = engine.model.training
     engine.model.eval()
     with torch.no_grad():
@@ -21,7 +24,8 @@ def validate(engine: Engine, batches: Iterable[tuple[Batch, bool]]) -> dict[str,
             loss = engine(batch)
             if counts:
                 meter.add(loss.metrics)
+                notes += batch.notes
             else:  # this rank repeats a batch so that ranks stay in step; add its names with no weight
                 meter.add({name: (value * 0, weight * 0) for name, (value, weight) in loss.metrics.items()})
     engine.model.train(training)
-    return meter.read()
+    return meter.read(), notes

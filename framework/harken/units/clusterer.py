@@ -55,7 +55,10 @@ class Clusterer:
 def sample_frames(
     manifest: str, features: Features, data: DataConfig, *, max_frames: int, seed: int, say: Say
 ) -> Frames:
-    """Stream over a manifest and keep a seeded share of every cut's frames, at most about `max_frames` in memory."""
+    """Stream over a manifest and keep a seeded share of every cut's frames, at most about `max_frames` in memory.
+
+    Cuts that cannot be read are replaced by others, counted and named.
+    """
     opened = Manifest(manifest)
     spec = features.spec
     total = sum(int(spec.num_frames(round(float(seconds) * spec.sample_rate))) for seconds in opened.seconds)
@@ -63,7 +66,11 @@ def sample_frames(
     draws = Draws(seed, 0)
     loader = EvalLoader(manifest, data, 120.0, as_it_is)
     kept: list[Frames] = []
+    replaced = 0
     for place, (batch, _) in enumerate(loader):
+        for note in batch.notes:
+            say(f"NOTE {note.kind}: {note.reason}")
+        replaced += len(batch.notes)
         for cut, frames in zip(batch.ids, features(batch), strict=True):
             chosen = draws.generator("k-means sample", cut).random(len(frames)) < share
             kept.append(frames if share >= 1 else frames[chosen])
@@ -71,6 +78,11 @@ def sample_frames(
             say(
                 f"features of {place + 1}/{len(loader)} batches, {sum(map(len, kept))} frames kept ({100 * share:.0f}%)"
             )
+    if replaced:
+        say(
+            f"WARNING {replaced} of {len(opened)} cuts could not be read, and frames of others took their place: "
+            f"run `harken data verify {manifest}`"
+        )
     return np.concatenate(kept)
 
 

@@ -20,7 +20,9 @@ class KMeansConfig:
     """Settings of a fit. HuBERT uses 100 clusters on MFCC and 500 on hidden layers (arXiv 2106.07447 section IV-B)."""
 
     clusters: int = 100
+    """K. fairseq `learn_kmeans.py`: its argument `n_clusters`."""
     seed: int = 0
+    """Of the sample of frames, the start and the order of mini-batches. fairseq `learn_kmeans.py --seed`."""
     batch_frames: int = 10_000
     """fairseq `learn_kmeans.py`: 10000."""
     epochs: int = 2
@@ -28,6 +30,7 @@ class KMeansConfig:
     lloyd_passes: int = 20
     """Whole passes afterwards, fewer when the inertia falls by less than `tolerance`."""
     tolerance: float = 1e-4
+    """Share of the inertia by which a whole pass must lower it for another to follow."""
     start_frames: int = 50_000
     """Frames that the k-means++ start is drawn from."""
 

@@ -105,7 +105,7 @@ def plan_layout(job: Job, features: Features) -> Layout:
     batches: list[tuple[int, NDArray[np.int64]]] = []
     entries: list[tuple[str, int]] = []
     for number, path in enumerate(job.manifests):
-        manifest = Manifest(path)
+        manifest = Manifest.filled(path)
         seconds = np.asarray(manifest.seconds)
         limit = max(job.max_seconds, float(seconds.max()))
         plan = make_plan(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from harken.config.registry import SlotConfig, register
+from harken.config.rules import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,12 @@ class AdamWConfig(SlotConfig):
     eps: float = 1e-6
     """fairseq `adam_eps`."""
     weight_decay: float = 0.01
+    """A step takes this times the learning rate times the weight from each weight. fairseq `weight_decay`."""
     decay_all: bool = True
     """Decay norms and biases too, as fairseq does; False decays matrices and kernels only."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "optimizer", positive=("eps",), not_negative=("weight_decay",), shares=("betas",))
 
 
 @register("optimizer", AdamWConfig)

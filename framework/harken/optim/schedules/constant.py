@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harken.config.registry import SlotConfig, register
+from harken.config.rules import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,12 @@ class ConstantConfig(SlotConfig):
     """`rate` after `warmup_steps`."""
 
     rate: float
+    """Learning rate after the warm-up. fairseq `lr` with the scheduler `fixed`."""
     warmup_steps: int = 0
+    """Steps in which the rate rises linearly to `rate`. fairseq `warmup_updates`."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "schedule", positive=("rate",), not_negative=("warmup_steps",))
 
 
 @register("schedule", ConstantConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harken.config.registry import SlotConfig, register
-from harken.core.errors import HarkenError
+from harken.config.rules import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,16 +13,14 @@ class LinearConfig(SlotConfig):
     """HuBERT Base: peak 5e-4, 32000 of 400000 steps of warm-up, decay to 0 (arXiv 2106.07447 section IV-C)."""
 
     peak: float
+    """Learning rate at the end of the warm-up. fairseq `lr`."""
     warmup_steps: int
+    """Steps in which the rate rises linearly to `peak`. fairseq `warmup_updates`."""
     end: float = 0.0
     """Rate at the last step. fairseq `end_learning_rate`."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0 or self.peak <= 0:
-            raise HarkenError(
-                "`schedule.peak` must be positive and `schedule.warmup_steps` at least 0, "
-                f"got {self.peak} and {self.warmup_steps}"
-            )
+        check_numbers(self, "schedule", positive=("peak",), not_negative=("warmup_steps", "end"))
 
 
 @register("schedule", LinearConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harken.config.registry import SlotConfig, register
+from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 
 
@@ -13,14 +14,18 @@ class TriStageConfig(SlotConfig):
     """Shares of the run. wav2vec 2.0 and HuBERT fine-tune with 0.1, 0.4 and 0.5 (arXiv 2006.11477 section 4.3)."""
 
     peak: float
+    """Learning rate between warm-up and decay. fairseq `lr`."""
     warmup_share: float = 0.1
+    """Share of the steps in which the rate rises linearly to `peak`. fairseq `phase_ratio`, its first number."""
     hold_share: float = 0.4
+    """Share of the steps that have `peak`; the rest decays. fairseq `phase_ratio`, its second number."""
     start_scale: float = 0.01
-    """fairseq `init_lr_scale`."""
+    """The first rate, as a share of `peak`. fairseq `init_lr_scale`."""
     end_scale: float = 0.05
-    """fairseq `final_lr_scale`."""
+    """The last rate, as a share of `peak`; the decay is exponential. fairseq `final_lr_scale`."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "schedule", positive=("peak", "end_scale"), not_negative=("start_scale",))
         if not 0 <= self.warmup_share <= 1 or not 0 <= self.hold_share <= 1 - self.warmup_share:
             raise HarkenError(
                 "`schedule.warmup_share` and `schedule.hold_share` must be at least 0 and together at most 1, "
