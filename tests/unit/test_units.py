@@ -288,7 +288,7 @@ def test_a_labelling_killed_before_its_card_is_finished_and_no_other_folder_is_t
     assert (tmp_path / "store/labels.bin").read_bytes() == expected
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("x")
-    with pytest.raises(HarkenError, match="is not empty and holds no labelling: choose another folder"):
+    with pytest.raises(HarkenError, match=r"holds `thesis\.tex`, so it is no label store that may be replaced"):
         label(replace(job, out=tmp_path / "other"), 1, quiet)
     assert (tmp_path / "other/thesis.tex").is_file()
 

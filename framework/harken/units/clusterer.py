@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from harken.config.schema import DataConfig
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, sha256_file
+from harken.core.files import atomic_folder, check_replaceable, sha256_file
 from harken.data.dataset import as_it_is
 from harken.data.loader import EvalLoader
 from harken.data.manifest import Manifest
 from harken.units.features import Features, Frames
 from harken.units.kmeans import KMeansConfig, Say, assign, fit
+
+KIND, FILES = "clusterer", ("card.json", "centroids.npy")
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,14 @@ def sample_frames(
 def fit_clusterer(
     out: Path, manifest: str, features: Features, data: DataConfig, config: KMeansConfig, *, max_frames: int, say: Say
 ) -> None:
-    """Fit and write a clusterer; an unfinished one leaves nothing behind."""
+    """Fit and write a clusterer; an unfinished one leaves nothing behind.
+
+    Raises HarkenError, before any audio is read, when `out` is a folder that is no clusterer of harken's.
+    """
+    check_replaceable(out, kind=KIND, files=FILES)
     frames = sample_frames(manifest, features, data, max_frames=max_frames, seed=config.seed, say=say)
     centroids, inertia = fit(frames, config, say)
-    with atomic_path(out) as folder:
-        folder.mkdir()
+    with atomic_folder(out, kind=KIND, files=FILES) as folder:
         np.save(folder / "centroids.npy", centroids)
         card = {
             "features": features.describe(),

@@ -23,7 +23,7 @@ from harken.config.schema import BatchConfig
 from harken.core.batch import Batch
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, remove, write_json_atomic, write_text_atomic
+from harken.core.files import atomic_folder, remove, write_json_atomic, write_text_atomic
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
 from harken.data.plan import make_plan, select
@@ -138,10 +138,8 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
                 f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it"
             )
         return not (job.out / "card.json").is_file()
-    if job.out.exists() and any(job.out.iterdir()):
-        raise HarkenError(f"{job.out} is not empty and holds no labelling: choose another folder")
-    with atomic_path(job.out) as folder:  # killed before it is whole, it has not begun
-        (folder / "pieces").mkdir(parents=True)
+    with atomic_folder(job.out, kind="label store") as folder:  # killed before it is whole, it has not begun
+        (folder / "pieces").mkdir()
         write_text_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
         np.save(folder / "index.npy", layout.index)
         with (folder / "labels.bin").open("wb") as stream:
