@@ -62,13 +62,14 @@ def test_any_other_folder_is_left_as_it_is(tmp_path: Path, there: list[str], why
 
 
 def test_what_is_put_there_during_the_work_is_left_too(tmp_path: Path) -> None:
-    with (
-        pytest.raises(HarkenError, match=r"holds `thesis\.tex`"),
-        atomic_folder(tmp_path / "new", kind="clusterer", files=FILES) as temporary,
-    ):
-        (temporary / "card.json").write_text("1")
-        (tmp_path / "new").mkdir()
-        (tmp_path / "new/thesis.tex").write_text("precious")
+    def work() -> None:
+        with atomic_folder(tmp_path / "new", kind="clusterer", files=FILES) as temporary:
+            (temporary / "card.json").write_text("1")
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new/thesis.tex").write_text("precious")
+
+    with pytest.raises(HarkenError, match=r"holds `thesis\.tex`"):
+        work()
     assert tree(tmp_path) == {"new/thesis.tex": b"precious"}
 
 
@@ -89,8 +90,9 @@ def test_files_and_folders_do_not_take_each_other_s_place(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("precious")
     with pytest.raises(HarkenError, match=r"file is a file where a folder \(clusterer\) is to be written"):
         write(tmp_path / "file", "x")
-    with pytest.raises(HarkenError, match="cannot write .*file/below: File exists: .*file"), atomic_path(
-        tmp_path / "file/below"
+    with (
+        pytest.raises(HarkenError, match=r"cannot write .*file/below: File exists: .*file"),
+        atomic_path(tmp_path / "file/below"),
     ):
         pass
     assert tree(tmp_path) == {"file": b"precious"}

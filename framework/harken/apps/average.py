@@ -13,9 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("models", nargs="+", type=Path, help="an experiment, or the checkpoints themselves")
     parser.add_argument(
-        "--last", type=int, default=0, help="take the newest N checkpoints of the experiment (default 0: all that are kept)"
+        "--last",
+        type=int,
+        default=0,
+        help="take the newest N checkpoints of the experiment (default 0: all that are kept)",
     )
-    parser.add_argument("--out", required=True, type=Path, help="model folder to write; only an averaged one is replaced")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="model folder to write; only an averaged one is replaced"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from harken.decode.search import Search
     from harken.evaluate.hypotheses import Utterance
     from harken.objectives.ctc import Ctc
@@ -34,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode every manifest."""
+    """Decode every manifest.
+
+    Raises HarkenError, before any is decoded, when an output would take the place of another or of a manifest.
+    """
     from harken.core.distributed import device
     from harken.core.errors import HarkenError
     from harken.data.tokens import BLANK, load_tokenizer
@@ -43,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
     from harken.objectives.ctc import Ctc, CtcConfig
     from harken.objectives.saved import load_objective
 
+    outputs = output_files(args.manifest, args.out)
+    if args.workers < 0:
+        raise HarkenError(f"`--workers` must be 0 (read in this process) or more, got {args.workers}")
     model, config = load_objective(args.model)
     if not isinstance(model, Ctc) or not isinstance(config.objective, CtcConfig):
         raise HarkenError(
@@ -60,10 +68,9 @@ def run(args: argparse.Namespace) -> int:
         token_min_log_prob=-8.0 if beam else None,
     )
     search = make_search(options, tokenizer.size, BLANK, tokenizer.symbols())
-    for manifest in args.manifest:
+    for manifest, out in outputs.items():
         started = time.perf_counter()
         utterances = decode_manifest(model, manifest, search, args.max_seconds, args.workers)
-        out = args.out / f"{manifest.stem}.jsonl"
         write_hypotheses(out, utterances)
         seconds, spent = sum(utterance.seconds for utterance in utterances), time.perf_counter() - started
         print(
@@ -71,6 +78,31 @@ def run(args: argparse.Namespace) -> int:
             f"{seconds / spent:.0f} x real time"
         )
     return 0
+
+
+def output_files(manifests: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Return the hypothesis file of each manifest: one of its name in `folder`.
+
+    Raises HarkenError when there is no such manifest, when two have one name, and when a file would be a manifest.
+    """
+    from harken.core.errors import HarkenError
+
+    outputs: dict[Path, Path] = {}
+    for manifest in manifests:
+        out = folder / f"{manifest.stem}.jsonl"
+        if not manifest.is_file():
+            raise HarkenError(f"no manifest at {manifest}; `harken data scan` makes one from audio files")
+        if out in outputs.values():
+            other = next(known for known, taken in outputs.items() if taken == out)
+            raise HarkenError(
+                f"{other} and {manifest} would both be decoded into {out}: decode them into different folders (--out)"
+            )
+        if any(out.resolve() == known.resolve() for known in manifests):
+            raise HarkenError(
+                f"{out} is a manifest, and the hypotheses would replace it: choose another folder (--out)"
+            )
+        outputs[manifest] = out
+    return outputs
 
 
 def decode_manifest(model: Ctc, manifest: Path, search: Search, max_seconds: float, workers: int) -> list[Utterance]:

@@ -116,5 +116,6 @@ def _load(folder: Path) -> tuple[CtcModel, str | None]:
         log_probs=model.log_probs,
         spec=model.backbone.spec,
         tokenizer=load_tokenizer(own.tokenizer),
+        outputs_per_frame=own.head_upsampling,
     )
     return loaded, config.data.valid

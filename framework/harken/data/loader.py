@@ -107,7 +107,7 @@ class EvalLoader:
     ) -> None:
         manifest = Manifest(path)
         self.config, self.rank, self.world_size = config, rank, world_size
-        longest = float(np.asarray(manifest.seconds).max())
+        longest = manifest.longest
         selection = select(np.asarray(manifest.seconds), 0.0, longest, None)
         batch = BatchConfig(max_seconds=max(max_seconds, longest), seconds_per_step=max(max_seconds, longest))
         self.plan = make_plan(selection, batch, Draws(0, 0), shuffle=False)

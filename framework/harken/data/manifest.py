@@ -74,6 +74,16 @@ class Manifest:
         seconds: NDArray[np.float32] = np.load(index_folder(self.path) / "seconds.npy", mmap_mode="r")
         return seconds
 
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest cut.
+
+        Raises HarkenError when there is no cut.
+        """
+        if not len(self):
+            raise HarkenError(f"{self.path} holds no cuts: expected one Lhotse cut a line")
+        return float(self.seconds.max())
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

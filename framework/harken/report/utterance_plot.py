@@ -137,8 +137,8 @@ def _posteriors(ax: Axes, view: View, rows: list[int]) -> None:
     image[..., :3] = to_rgb("#1688cf")  # tells itself from white and from black
     image[-1, :, :3] = 0.55  # the blank is grey: it is no token
     image[..., 3] = np.clip(shown, 0, 1)
-    half = view.frame_seconds / 2
-    left, right = (view.frame_times[0] - half, view.frame_times[-1] + half) if len(shown.T) else (0, 1)
+    half = view.output_seconds / 2
+    left, right = (view.output_times[0] - half, view.output_times[-1] + half) if len(shown.T) else (0, 1)
     ax.imshow(
         image,
         origin="lower",
@@ -169,7 +169,7 @@ def _lanes(tokens: list[tuple[str, str]], times: Times, seconds: float) -> list[
 
 
 def _words(ax: Axes, name: str, placed: list[Word], text: str) -> None:
-    """Write words where they were placed, under bars from their first frame to their last."""
+    """Write words where they were placed, under bars from their first output to their last."""
     lanes = 1 + max((word.lane for word in placed), default=0)
     ax.set(ylim=(-lanes, 0), yticks=[-0.5])
     ax.set_yticklabels([name], fontsize=8)

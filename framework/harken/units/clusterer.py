@@ -47,11 +47,14 @@ class Clusterer:
         folder = Path(folder)
         if not (folder / "card.json").is_file():
             raise HarkenError(f"no clusterer at {folder}; `harken units fit` makes one")
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        digest = sha256_file(folder / "centroids.npy")
-        if digest != card["sha256"]:
+        try:
+            card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+            features, expected, digest = card["features"], card["sha256"], sha256_file(folder / "centroids.npy")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HarkenError(f"{folder} is no clusterer ({error!r}); `harken units fit` makes one") from error
+        if digest != expected:
             raise HarkenError(f"{folder}/centroids.npy is not as it was written: fit it again")
-        return cls(np.load(folder / "centroids.npy"), card["features"], digest)
+        return cls(np.load(folder / "centroids.npy"), features, digest)
 
 
 def sample_frames(

@@ -107,7 +107,7 @@ def plan_layout(job: Job, features: Features) -> Layout:
     for number, path in enumerate(job.manifests):
         manifest = Manifest(path)
         seconds = np.asarray(manifest.seconds)
-        limit = max(job.max_seconds, float(seconds.max()))
+        limit = max(job.max_seconds, manifest.longest)
         plan = make_plan(
             select(seconds, 0.0, limit, None),
             BatchConfig(max_seconds=limit, seconds_per_step=limit),

@@ -2,11 +2,13 @@
 
 A store is a folder:
 
-    card.json    what made the labels: clusterer and its hash, features, layer, rate, K, manifests
-    ids.txt      cut ids, sorted, one a line
-    index.npy    (N + 1) int64: where each cut's labels begin; the last entry is the total
-    labels.bin   the labels of all cuts, end to end, uint8 or uint16
-    pieces/      while labelling only: a marker with a checksum for each finished piece
+    card.json       what the labels are (`Card`); written last, so a store without it is unfinished
+    ids.txt         cut ids, sorted, one a line
+    index.npy       (N + 1) int64: where each cut's labels begin; the last entry is the total
+    labels.bin      the labels of all cuts, end to end, uint8 or uint16
+    plan.json       the card and the hashes of the manifests: by it a continued labelling knows that it is the same
+    unreadable.tsv  cuts without labels of their own, with reasons
+    pieces/         while labelling only: for each finished piece, which of its cuts could not be labelled
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from harken.core.files import write_json_atomic
 class Card:
     """What a store's labels are.
 
-    rate: labels a second. center: sample at the middle of what label 0 saw. hop: samples between labels.
+    clusters: K. center: sample at the middle of what label 0 saw. hop: samples between labels. features: what was
+    clustered, with the hash of its model. clusterer: hash of the centroids. cuts, labels: how many there are.
     """
 
     clusters: int
@@ -69,10 +72,12 @@ class LabelStore:
                 else "`harken units label` makes one"
             )
             raise HarkenError(f"no finished label store at {self.folder}; {hint}")
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        card = Card(**data)
-        expected = card.labels * np.dtype(card.dtype).itemsize
-        found = (self.folder / "labels.bin").stat().st_size
+        try:
+            card = Card(**json.loads(path.read_text(encoding="utf-8")))
+            expected = card.labels * np.dtype(card.dtype).itemsize
+            found = (self.folder / "labels.bin").stat().st_size
+        except (OSError, ValueError, TypeError) as error:
+            raise HarkenError(f"{self.folder} is no label store ({error}); `harken units label` makes one") from error
         if found != expected:
             raise HarkenError(
                 f"{self.folder}/labels.bin must be {expected} bytes by its card, found {found}: make the labels again"
