@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -460,3 +461,70 @@ def test_times_and_numbers_are_written_for_people() -> None:
     ]
     assert (percent(0.1234), percent(None), percent(math.nan)) == ("12.3", DASH, DASH)
     assert number(1234567.0, 0) == "1\u202f234\u202f567"
+
+
+def damage(folder: Path, name: str, content: bytes | None) -> None:
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "section", "words"),
+    [
+        ("finetune/config.yaml", b"a: [b\n", "runs", "finetune/config.yaml is not valid YAML"),
+        ("finetune/checkpoints/step-00000040/versions.json", b"{", "runs", "versions.json cannot be read: Expecting"),
+        ("units1/labels/index.npy", None, "units", "index.npy cannot be read: [Errno 2]"),
+        ("units1/labels/index.npy", b"xx", "units", "index.npy cannot be read: This file contains pickled"),
+        ("stages/8-finetune.done", b"seconds=abc\n\xff\n", "stages", f"8 finetune {DASH}"),
+        ("decode/test.jsonl", b"{\n", "utterances", "decode/test.jsonl, line 1: expected one JSON object a line"),
+        ("decode/test-score/wer.json", b"[]", "results", "wer.json is not a score"),
+    ],
+)
+def test_each_damaged_piece_is_named(experiment: Path, tmp_path: Path, name, content, section, words) -> None:
+    shutil.copytree(experiment, tmp_path / "trial")
+    damage(tmp_path / "trial", name, content)
+    shown = "1" if section == "utterances" else "0"
+    assert main(["report", str(tmp_path / "trial"), "--utterances", shown]) == 0
+    assert words in Reader((tmp_path / "trial/report.html").read_text(encoding="utf-8")).texts[section]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data.update(supervisions=[]), "no utterance with a transcript in"),
+        (lambda data: data["recording"]["sources"][0].update(source="/nowhere.wav"), "cannot be read: no such file"),
+    ],
+)
+def test_manifests_without_texts_or_audio_are_one_error(
+    experiment: Path, tmp_path: Path, capsys, change, words
+) -> None:
+    valid = collect(experiment).last_run_of("ctc").setting("data.valid")
+    lines = [json.loads(line) for line in Path(valid).read_text().splitlines()]
+    for data in lines:
+        change(data)
+    (tmp_path / "cuts.jsonl").write_text("".join(json.dumps(data) + "\n" for data in lines))
+    arguments = [
+        "report",
+        str(experiment),
+        "--out",
+        str(tmp_path / "page.html"),
+        "--cuts",
+        str(tmp_path / "cuts.jsonl"),
+    ]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_audio_too_short_for_a_frame_is_shown_without_posteriors(experiment: Path, tmp_path: Path) -> None:
+    valid = collect(experiment).last_run_of("ctc").setting("data.valid")
+    lines = [json.loads(line) for line in Path(valid).read_text().splitlines()]
+    text = "".join(json.dumps({**data, "duration": 0.01}) + "\n" for data in lines)
+    (tmp_path / "short.jsonl").write_text(text)
+    out = tmp_path / "page.html"
+    arguments = ["--out", str(out), "--cuts", str(tmp_path / "short.jsonl"), "--utterances", "1"]
+    assert main(["report", str(experiment), *arguments]) == 0
+    assert "no times: its tokens have no path" in out.read_text(encoding="utf-8")

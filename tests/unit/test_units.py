@@ -387,6 +387,18 @@ def test_a_store_that_is_missing_or_cut_is_named(tmp_path: Path) -> None:
         LabelStore(folder)
 
 
+def test_a_store_without_its_ids_or_index_is_named(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "store", {"a": [1] * 20, "b": [2] * 5})
+    np.save(folder / "index.npy", np.array([0, 20]))
+    with pytest.raises(
+        HarkenError, match=r"index.npy cannot be read: expected 3 places up to 25; make the labels again"
+    ):
+        _ = LabelStore(folder)["a"]
+    (folder / "ids.txt").unlink()
+    with pytest.raises(HarkenError, match=r"ids.txt cannot be read: .*No such file.*; make the labels again"):
+        _ = LabelStore(folder)["a"]
+
+
 def test_a_clusterer_that_is_missing_or_changed_is_named(corpus, tmp_path: Path) -> None:
     with pytest.raises(HarkenError, match=r"no clusterer at .*none; `harken units fit` makes one"):
         Clusterer.load(tmp_path / "none")

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,13 +89,24 @@ class LabelStore:
     @cached_property
     def ids(self) -> list[str]:
         """Cut ids in the order of the store."""
-        return (self.folder / "ids.txt").read_text(encoding="utf-8").splitlines()
+        with self._reading("ids.txt") as path:
+            return path.read_text(encoding="utf-8").splitlines()
 
     @cached_property
     def index(self) -> NDArray[np.int64]:
         """Where each cut's labels begin."""
-        index: NDArray[np.int64] = np.load(self.folder / "index.npy", mmap_mode="r")
-        return index
+        with self._reading("index.npy") as path:
+            index: NDArray[np.int64] = np.load(path, mmap_mode="r")
+            if index.shape != (self.card.cuts + 1,) or index[-1] != self.card.labels:
+                raise ValueError(f"expected {self.card.cuts + 1} places up to {self.card.labels}")
+            return index
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        try:
+            yield self.folder / name
+        except (OSError, ValueError) as error:
+            raise HarkenError(f"{self.folder / name} cannot be read: {error}; make the labels again") from error
 
     @cached_property
     def values(self) -> NDArray[np.unsignedinteger[Any]]:
