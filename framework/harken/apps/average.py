@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--last",
         type=int,
         default=0,
-        help="take the newest N checkpoints of the experiment (default 0: all that are kept)",
+        metavar="N",
+        help="newest checkpoints of the experiment (default: 0, all that are kept)",
     )
     parser.add_argument(
         "--out", required=True, type=Path, help="model folder to write; only an averaged one is replaced"

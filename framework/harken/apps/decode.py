@@ -23,16 +23,40 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("model", help="experiment, checkpoint or exported model with a `ctc` objective")
-    parser.add_argument("manifest", nargs="+", type=Path, help="indexed manifests; each gives OUT/<its name>.jsonl")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the hypothesis files")
-    parser.add_argument("--method", choices=("greedy", "prefix_beam"), default="greedy")
-    parser.add_argument("--beam", type=int, default=16, help="prefixes kept (16)")
-    parser.add_argument("--ngram", help="ARPA file over the model's tokens; `harken ngram` makes one")
-    parser.add_argument("--ngram-weight", type=float, default=0.5)
-    parser.add_argument("--insertion-bonus", type=float, default=0.0, help="added for each token, in nats")
-    parser.add_argument("--max-seconds", type=float, default=120.0, help="padded audio of a batch (120)")
-    parser.add_argument("--workers", type=int, default=1, help="loader processes (1)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="experiment, checkpoint or averaged model with a `ctc` objective"
+    )
+    parser.add_argument(
+        "manifest",
+        nargs="+",
+        type=Path,
+        metavar="MANIFEST",
+        help="indexed manifests, no two of one name; each gives DIR/<its name>.jsonl",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the hypothesis files")
+    parser.add_argument(
+        "--method", choices=("greedy", "prefix_beam"), default="greedy", help="search (default: greedy, the best path)"
+    )
+    parser.add_argument("--beam", type=int, default=16, metavar="N", help="prefixes kept (default: 16)")
+    parser.add_argument(
+        "--ngram",
+        metavar="ARPA",
+        help="model over the tokens, for prefix_beam; `harken ngram` makes one (default: none)",
+    )
+    parser.add_argument(
+        "--ngram-weight",
+        type=float,
+        default=0.5,
+        metavar="W",
+        help="factor on the n-gram's log-probability (default: 0.5)",
+    )
+    parser.add_argument(
+        "--insertion-bonus", type=float, default=0.0, metavar="B", help="added for each token, in nats (default: 0)"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, default=120.0, metavar="S", help="padded audio of a batch (default: 120)"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:

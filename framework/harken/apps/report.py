@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MANIFEST",
         help="where utterances come from; may be given again (default: data.valid of the model)",
     )
-    parser.add_argument("--utterances", type=int, default=3, metavar="N", help="utterances shown (3; 0 loads no model)")
+    parser.add_argument(
+        "--utterances", type=int, default=3, metavar="N", help="utterances shown; 0 loads no model (default: 3)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
