@@ -315,3 +315,14 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         broken[1, 1, 3] = math.nan
         with pytest.raises(HarkenError, match=r"1 of the 2 utterances.*NaN.*the first is at 1\)"):
             search(broken, torch.tensor([2, 2]))
+
+
+def test_tokens_that_no_n_gram_file_could_hold_are_searched_without_one(tmp_path: Path, model: NGram) -> None:
+    symbols = ["<blank>", "a", "\t", "\u00a0", "<space>"]
+    log_probs = torch.from_numpy(random_log_probs(0, 12, 5))[None]
+    for keys in ({}, {"insertion_bonus": 0.5}, {"word_bonus": 0.5}):
+        search = make_search(DecodeConfig(method="prefix_beam", **keys), 5, 0, symbols)
+        assert search(log_probs, torch.tensor([12])) != [[]]
+    save_arpa(model, tmp_path / "lm.arpa")
+    with pytest.raises(HarkenError, match=r"the token '\\t' cannot be a word of an n-gram model"):
+        make_search(DecodeConfig(method="prefix_beam", ngram=str(tmp_path / "lm.arpa")), 5, 0, symbols)

@@ -99,14 +99,29 @@ class TestGolden:
         assert difference(found.last, golden[kind]["single"]) < 1e-4
 
     @torch.no_grad()
-    def test_loss_and_penalty(self, kind, golden, folders) -> None:
+    def test_loss(self, kind, golden, folders) -> None:
         values, model = golden[kind], objective(folders[kind])
-        total, count = model(golden_batch(values)).metrics["loss"]
+        loss = model(golden_batch(values))
+        total, count = loss.metrics["loss"]
         assert int(count) == len(values["logits_pos_first"])
-        assert float(total) == pytest.approx(float(values["loss_sum"]), rel=1e-4)
-        # fairseq's penalty is over the whole batch, padding included; harken's weighs real frames by utterance
-        frames, _ = model.backbone.frontend(values["wav"], LENGTHS)
-        assert float(frames.square().mean()) == pytest.approx(float(values["features_pen"]), rel=1e-5)
+        assert float(total) == pytest.approx(float(values["loss_sum"]), rel=1e-6)
+        penalty, _ = loss.metrics["features_penalty"]
+        expected = float(values["loss_sum"]) + model.config.penalty_weight * float(penalty)
+        assert float(loss.total) == pytest.approx(expected, rel=1e-6)
+
+    @torch.no_grad()
+    def test_penalty(self, kind, golden, folders) -> None:
+        """fairseq's is over the whole batch, padding included; harken's weighs utterances by their masked frames.
+
+        The two agree where lengths and counts are equal, so both waveforms are taken in full, under one mask.
+        """
+        values, model = golden[kind], objective(folders[kind])
+        mask = values["mask"][:1].expand(2, -1)
+        full = {**values, "mask": mask, "frame_padding": torch.zeros_like(values["frame_padding"])}
+        loss = model(replace(golden_batch(full), lengths=torch.tensor([16000, 16000])))
+        total, count = loss.metrics["features_penalty"]
+        assert int(count) == 2 * int(mask[0].sum())
+        assert float(total / count) == pytest.approx(float(values["features_pen"]), rel=1e-6)
 
     @torch.no_grad()
     def test_logits(self, kind, golden, folders) -> None:

@@ -85,6 +85,9 @@ def test_arpa_keeps_the_model(tmp_path: Path, model: NGram) -> None:
     text = (tmp_path / "lm.arpa").read_text(encoding="utf-8")
     assert text.startswith("\\data\\\nngram 1=")
     assert "\t▁\t" in text, "a space is written so that others can read the file"
+    save_arpa(model, tmp_path / "again.arpa.gz")
+    with gzip.open(tmp_path / "again.arpa.gz", "rt", encoding="utf-8") as stream:
+        assert stream.read() == (tmp_path / "lm.arpa").read_text(encoding="utf-8")
     with gzip.open(tmp_path / "lm.arpa.gz", "wt", encoding="utf-8") as stream:
         stream.write("a remark before the data\n\n" + text)
     for name in ("lm.arpa", "lm.arpa.gz"):

@@ -6,8 +6,10 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,9 +20,11 @@ import torch
 
 from harken.apps.main import main
 from harken.config.load import from_dict, to_yaml
-from harken.config.saved import save_model
+from harken.config.saved import load_config, save_model
 from harken.config.schema import DataConfig
+from harken.core.batch import Batch
 from harken.core.errors import HarkenError
+from harken.core.frames import FrameSpec, Window
 from harken.data.tokens import Characters
 from harken.evaluate.hypotheses import Utterance, write_hypotheses
 from harken.objectives.saved import build_objective
@@ -29,6 +33,7 @@ from harken.report.collect import collect
 from harken.report.metrics import Curve, read_metrics, smooth, thin
 from harken.report.page import number, percent, wall
 from harken.report.plots import curves
+from harken.report.utterances import CtcModel, show_utterances
 from harken.train.log import RunLog
 from harken.units.clusterer import fit_clusterer
 from harken.units.features import Mfcc
@@ -223,7 +228,6 @@ def test_figures_take_the_colours_of_the_page(experiment: Path) -> None:
 
 def test_hypotheses_are_aligned_and_a_text_outside_the_alphabet_has_no_times(experiment: Path, page: str) -> None:
     from harken.apps.report import _load
-    from harken.report.utterances import show_utterances
 
     model, valid = _load(experiment / "finetune")
     found = collect(experiment)
@@ -243,6 +247,57 @@ def test_hypotheses_are_aligned_and_a_text_outside_the_alphabet_has_no_times(exp
     (odd,) = [view for view in views if "<i>" in view.hyp]
     assert odd.hyp_times == []
     assert "no times" in page
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_words_stand_where_they_are_said_whatever_the_outputs_of_a_frame(tmp_path: Path, outputs: int) -> None:
+    """A model that hears loudness: of its frames of 1200 samples, each output sees a share, without overlap."""
+    from lhotse import MonoCut, Recording, SupervisionSegment
+    from lhotse.serialization import save_to_jsonl
+
+    spoken = [(0.6, 0.9), (1.2, 1.8), (2.25, 2.7)]
+    wave = np.zeros(3 * RATE)
+    for start, end in spoken:
+        wave[round(start * RATE) : round(end * RATE)] = 0.5
+    soundfile.write(tmp_path / "a.wav", wave, RATE)
+    recording = Recording.from_file(tmp_path / "a.wav")
+    said = SupervisionSegment("a", "a", 0.0, 3.0, text="a a a")
+    cut = MonoCut("a", 0.0, 3.0, 0, supervisions=[said], recording=recording)
+    save_to_jsonl([cut.to_dict()], tmp_path / "dev.jsonl")
+    spec = FrameSpec((Window(1200, 1200),), RATE)
+
+    def log_probs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        loud = batch.inputs.unflatten(1, (-1, 1200 // outputs)).abs().mean(-1) > 0.2
+        found = torch.stack([~loud, loud, ~loud], dim=-1).float() * 20
+        return found.log_softmax(-1), spec.num_frames(batch.lengths) * outputs
+
+    tokenizer = Characters(["a", " "])
+    model = CtcModel(name="m", log_probs=log_probs, spec=spec, tokenizer=tokenizer, outputs_per_frame=outputs)
+    ((view,), _) = show_utterances(model, [str(tmp_path / "dev.jsonl")], [], [], 1)
+    assert np.array(view.ref_times) == pytest.approx(np.array(spoken), abs=1e-3)
+    half = view.output_seconds / 2
+    assert (view.output_times[0] - half, view.output_times[-1] + half) == pytest.approx((0.0, 3.0), abs=1e-3)
+
+
+def test_outputs_of_a_model_with_two_a_frame_span_the_audio(experiment: Path, tmp_path: Path) -> None:
+    from harken.apps.report import _load
+
+    views = {}
+    for factor in (1, 2):
+        (plain, valid) = _load(experiment / "finetune")
+        (source,) = (experiment / "finetune/checkpoints").glob("step-*")
+        config = load_config(source)
+        config = replace(config, objective=replace(config.objective, head_upsampling=factor))
+        (tmp_path / str(factor)).mkdir()
+        save_model(tmp_path / str(factor), config, build_objective(config).state_dict())
+        model, _ = _load(tmp_path / str(factor))
+        assert model.spec == plain.spec
+        (views[factor],), _ = show_utterances(model, [str(valid)], [], [], 1)
+    one, two = views[1], views[2]
+    assert len(two.output_times) == 2 * len(one.output_times)
+    assert two.output_times.reshape(-1, 2).mean(1) == pytest.approx(one.output_times)
+    assert two.output_times[-1] < two.seconds
+    assert two.ref_times[-1][1] <= two.seconds
 
 
 def test_utterances_without_hypotheses_are_decoded(experiment: Path, tmp_path: Path) -> None:
@@ -381,6 +436,13 @@ def test_a_text_too_long_for_the_frames_has_no_alignment() -> None:
     assert forced_alignment(log_probs[:0], [1], blank=0) is None
 
 
+def test_a_long_text_is_aligned() -> None:
+    tokens = [1, 2] * 150
+    log_probs = np.full((600, 3), -5.0, dtype=np.float32)
+    log_probs[np.arange(600), np.repeat(tokens, 2)] = -0.1
+    assert forced_alignment(log_probs, tokens, blank=0) == [(2 * place, 2 * place + 2) for place in range(300)]
+
+
 def test_words_end_at_spaces_and_where_pieces_begin_one() -> None:
     spans = [(0, 1), (2, 3), (4, 5), (6, 9)]
     assert word_spans(spans, ["a", "b", "<space>", "c"]) == [(0, 3), (6, 9)]
@@ -399,3 +461,70 @@ def test_times_and_numbers_are_written_for_people() -> None:
     ]
     assert (percent(0.1234), percent(None), percent(math.nan)) == ("12.3", DASH, DASH)
     assert number(1234567.0, 0) == "1\u202f234\u202f567"
+
+
+def damage(folder: Path, name: str, content: bytes | None) -> None:
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "section", "words"),
+    [
+        ("finetune/config.yaml", b"a: [b\n", "runs", "finetune/config.yaml is not valid YAML"),
+        ("finetune/checkpoints/step-00000040/versions.json", b"{", "runs", "versions.json cannot be read: Expecting"),
+        ("units1/labels/index.npy", None, "units", "index.npy cannot be read: [Errno 2]"),
+        ("units1/labels/index.npy", b"xx", "units", "index.npy cannot be read: This file contains pickled"),
+        ("stages/8-finetune.done", b"seconds=abc\n\xff\n", "stages", f"8 finetune {DASH}"),
+        ("decode/test.jsonl", b"{\n", "utterances", "decode/test.jsonl, line 1: expected one JSON object a line"),
+        ("decode/test-score/wer.json", b"[]", "results", "wer.json is not a score"),
+    ],
+)
+def test_each_damaged_piece_is_named(experiment: Path, tmp_path: Path, name, content, section, words) -> None:
+    shutil.copytree(experiment, tmp_path / "trial")
+    damage(tmp_path / "trial", name, content)
+    shown = "1" if section == "utterances" else "0"
+    assert main(["report", str(tmp_path / "trial"), "--utterances", shown]) == 0
+    assert words in Reader((tmp_path / "trial/report.html").read_text(encoding="utf-8")).texts[section]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data.update(supervisions=[]), "no utterance with a transcript in"),
+        (lambda data: data["recording"]["sources"][0].update(source="/nowhere.wav"), "cannot be read: no such file"),
+    ],
+)
+def test_manifests_without_texts_or_audio_are_one_error(
+    experiment: Path, tmp_path: Path, capsys, change, words
+) -> None:
+    valid = collect(experiment).last_run_of("ctc").setting("data.valid")
+    lines = [json.loads(line) for line in Path(valid).read_text().splitlines()]
+    for data in lines:
+        change(data)
+    (tmp_path / "cuts.jsonl").write_text("".join(json.dumps(data) + "\n" for data in lines))
+    arguments = [
+        "report",
+        str(experiment),
+        "--out",
+        str(tmp_path / "page.html"),
+        "--cuts",
+        str(tmp_path / "cuts.jsonl"),
+    ]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_audio_too_short_for_a_frame_is_shown_without_posteriors(experiment: Path, tmp_path: Path) -> None:
+    valid = collect(experiment).last_run_of("ctc").setting("data.valid")
+    lines = [json.loads(line) for line in Path(valid).read_text().splitlines()]
+    text = "".join(json.dumps({**data, "duration": 0.01}) + "\n" for data in lines)
+    (tmp_path / "short.jsonl").write_text(text)
+    out = tmp_path / "page.html"
+    arguments = ["--out", str(out), "--cuts", str(tmp_path / "short.jsonl"), "--utterances", "1"]
+    assert main(["report", str(experiment), *arguments]) == 0
+    assert "no times: its tokens have no path" in out.read_text(encoding="utf-8")

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -142,13 +143,40 @@ def size_of(folder: Path) -> int:
     return total
 
 
-def start(folder: Path, manifest: Path, clusterer: Path, processes: int) -> subprocess.Popen[str]:
+@dataclass(frozen=True)
+class Case:
+    """What is labelled: a clusterer and the features it is of."""
+
+    clusterer: Path
+    features: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def cases(corpus, long_audio: Path, tmp_path_factory) -> dict[str, Case]:
+    """MFCC with few clusters, and a hidden layer with more than a byte can count."""
+    from harken.config.saved import save_model
+    from harken.objectives.saved import build_objective
+
+    root = tmp_path_factory.mktemp("hidden")
+    config = corpus.config("hubert", "waveform")
+    torch.manual_seed(0)
+    (root / "model").mkdir()
+    save_model(root / "model", config, build_objective(config).state_dict())
+    hidden = {"kind": "hidden", "model": str(root / "model"), "layer": 1}
+    data = DataConfig(train=str(long_audio), workers=0)
+    settings = KMeansConfig(clusters=300, lloyd_passes=2)
+    fit_clusterer(root / "km", str(long_audio), make_features(**hidden), data, settings, max_frames=10_000, say=quiet)
+    return {"mfcc": Case(corpus.clusterer, {"kind": "mfcc"}), "hidden": Case(root / "km", hidden)}
+
+
+def start(folder: Path, manifest: Path, case: Case, processes: int) -> subprocess.Popen[str]:
     """Begin a labelling whose output and temporary files all lie below `folder`."""
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     job = {
         "out": str(folder / "store"),
         "manifest": str(manifest),
-        "clusterer": str(clusterer),
+        "clusterer": str(case.clusterer),
+        "features": case.features,
         "processes": processes,
         "max_seconds": 25.0,
     }
@@ -168,47 +196,75 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-@pytest.mark.slow
-def test_labels_do_not_depend_on_processes_or_kills_and_take_their_size_on_disk(
-    corpus, long_audio: Path, tmp_path: Path
-) -> None:
-    killed = start(tmp_path / "killed", long_audio, corpus.clusterer, 1)
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the labelling processes below one, not multiprocessing's own helper."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in found if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+def kill_after_a_piece(process: subprocess.Popen[str], store: Path, processes: int) -> None:
+    """Kill the process that was started, once it has finished a piece; the workers below it must end by themselves."""
     limit = time.monotonic() + 600
-    while not list((tmp_path / "killed/store/pieces").glob("*.json")):
-        assert killed.poll() is None, killed.communicate()[0]
+    while not list((store / "pieces").glob("*.json")):
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit
         time.sleep(0.001)
-    killed.kill()
-    assert killed.wait(30) == -signal.SIGKILL
-    with pytest.raises(HarkenError, match="its labelling did not finish: run the same `harken units label` again"):
-        LabelStore(tmp_path / "killed/store")
-    output = finish(start(tmp_path / "killed", long_audio, corpus.clusterer, 1))
-    assert any(f"{left} of 3 pieces to do" in output for left in (1, 2)), "what was done is not done again"
+    workers = children(process)
+    assert len(workers) == (processes if processes > 1 else 0)
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert alive == [], "workers go on without their parent"
 
-    two = start(tmp_path / "two", long_audio, corpus.clusterer, 2)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["mfcc", "hidden"])
+def test_labels_do_not_depend_on_processes_or_kills_and_take_their_size_on_disk(
+    cases, long_audio: Path, tmp_path: Path, features: str
+) -> None:
+    case = cases[features]
+    for name, processes in (("killed", 1), ("killed-of-two", 2)):
+        store = tmp_path / name / "store"
+        kill_after_a_piece(start(tmp_path / name, long_audio, case, processes), store, processes)
+        with pytest.raises(HarkenError, match="its labelling did not finish: run the same `harken units label` again"):
+            LabelStore(store)
+        before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+        time.sleep(0.3)
+        assert before == {path: path.stat().st_mtime_ns for path in store.rglob("*")}, "someone still writes"
+        output = finish(start(tmp_path / name, long_audio, case, processes))
+        assert any(f"{left} of 3 pieces to do" in output for left in (1, 2)), "what was done is not done again"
+
+    two = start(tmp_path / "two", long_audio, case, 2)
     peak = 0
     while two.poll() is None:
         peak = max(peak, size_of(tmp_path / "two"))
         time.sleep(0.005)
     finish(two)
 
-    job = Job(
-        tmp_path / "one/store",
-        (str(long_audio),),
-        str(corpus.clusterer),
-        functools.partial(make_features, "mfcc"),
-        16000,
-        25.0,
-    )
+    make = functools.partial(make_features, **case.features)
+    job = Job(tmp_path / "one/store", (str(long_audio),), str(case.clusterer), make, 16000, 25.0)
     card = label(job, 1, quiet)
-    assert card.labels == 24 * Mfcc().spec.num_frames(25 * 16000)
+    size = card.labels * np.dtype(card.dtype).itemsize
+    assert card.labels == 24 * make().spec.num_frames(25 * 16000)
     for name in FILES:
-        contents = {run: (tmp_path / run / "store" / name).read_bytes() for run in ("one", "two", "killed")}
-        assert contents["two"] == contents["one"], name
-        assert contents["killed"] == contents["one"], name
-    assert {path.name for path in (tmp_path / "one/store").iterdir()} == set(FILES), "nothing else is left"
-    print(f"peak of {peak} bytes on disk for {card.labels} bytes of labels: {peak / card.labels:.3f}")
-    assert card.labels < peak <= 1.1 * card.labels
+        runs = ("one", "two", "killed", "killed-of-two")
+        contents = {run: (tmp_path / run / "store" / name).read_bytes() for run in runs}
+        assert all(content == contents["one"] for content in contents.values()), name
+    for run in runs:
+        assert {path.name for path in (tmp_path / run / "store").iterdir()} == set(FILES), "nothing else is left"
+    print(f"{features}: peak of {peak} bytes on disk for {size} bytes of labels: {peak / size:.3f}")
+    assert size < peak <= 1.1 * size
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_reaches_the_user_bare(cases, long_audio: Path, tmp_path: Path) -> None:
+    case = replace(cases["mfcc"], features={"kind": "mfcc", "fail": True})
+    process = start(tmp_path, long_audio, case, 2)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 2
+    assert output.count(": this worker has no features\n") == 2
+    assert "2 of 2 labelling processes failed (exit [1, 1]); finished pieces are kept" in output
+    assert "Traceback" not in output
 
 
 def test_labels_are_the_nearest_centroids(corpus) -> None:
@@ -288,7 +344,7 @@ def test_a_labelling_killed_before_its_card_is_finished_and_no_other_folder_is_t
     assert (tmp_path / "store/labels.bin").read_bytes() == expected
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("x")
-    with pytest.raises(HarkenError, match="is not empty and holds no labelling: choose another folder"):
+    with pytest.raises(HarkenError, match=r"holds `thesis\.tex`, so it is no label store that may be replaced"):
         label(replace(job, out=tmp_path / "other"), 1, quiet)
     assert (tmp_path / "other/thesis.tex").is_file()
 
@@ -385,6 +441,18 @@ def test_a_store_that_is_missing_or_cut_is_named(tmp_path: Path) -> None:
     os.truncate(folder / "labels.bin", 10)
     with pytest.raises(HarkenError, match=r"labels.bin must be 20 bytes by its card, found 10: make the labels again"):
         LabelStore(folder)
+
+
+def test_a_store_without_its_ids_or_index_is_named(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "store", {"a": [1] * 20, "b": [2] * 5})
+    np.save(folder / "index.npy", np.array([0, 20]))
+    with pytest.raises(
+        HarkenError, match=r"index.npy cannot be read: expected 3 places up to 25; make the labels again"
+    ):
+        _ = LabelStore(folder)["a"]
+    (folder / "ids.txt").unlink()
+    with pytest.raises(HarkenError, match=r"ids.txt cannot be read: .*No such file.*; make the labels again"):
+        _ = LabelStore(folder)["a"]
 
 
 def test_a_clusterer_that_is_missing_or_changed_is_named(corpus, tmp_path: Path) -> None:

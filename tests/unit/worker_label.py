@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from harken.core.batch import Batch
-from harken.units.features import Frames, Mfcc
+from harken.core.errors import HarkenError
+from harken.units.features import Features, Frames, make_features
 from harken.units.label import Job, label
 
 
-class SlowMfcc(Mfcc):
-    """MFCC that leave time to be interrupted."""
+class Slow:
+    """Features that leave time to be interrupted."""
+
+    def __init__(self, features: Features) -> None:
+        self.features, self.spec, self.describe = features, features.spec, features.describe
 
     def __call__(self, batch: Batch) -> list[Frames]:
         time.sleep(0.05)
-        return super().__call__(batch)
+        return self.features(batch)
+
+
+def slow_features(kind: str, *, fail: bool = False, **settings: Any) -> Slow:
+    """Make features; `fail` refuses to in the workers."""
+    if fail and multiprocessing.parent_process() is not None:
+        raise HarkenError("this worker has no features")
+    return Slow(make_features(kind, **settings))
 
 
 def main(path: Path) -> None:
@@ -27,11 +40,15 @@ def main(path: Path) -> None:
         Path(data["out"]),
         (data["manifest"],),
         data["clusterer"],
-        functools.partial(SlowMfcc, 16000),
+        functools.partial(slow_features, **data["features"]),
         16000,
         data["max_seconds"],
     )
-    label(job, data["processes"], print)
+    try:
+        label(job, data["processes"], print)
+    except HarkenError as error:  # as the command line does
+        print(error)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import io
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path
+from harken.core.files import atomic_folder
 
 PACKAGE = "flight-of-the-amazon-queen"
 DATA_FILE = "queen.1c"
@@ -75,18 +76,15 @@ def download(folder: Path) -> Path:
         raise HarkenError(f"the corpus must come from a Debian package, and there is no `apt-get` here. {WAYS}.")
     print(f"fetching {PACKAGE} (35 MB) with apt-get download", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "fetched") as temporary:
-        temporary.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetched-") as temporary:
         result = subprocess.run(
             ["apt-get", "download", PACKAGE], cwd=temporary, capture_output=True, text=True, check=False
         )
-        found = newest_deb(temporary)
+        found = newest_deb(Path(temporary))
         if result.returncode != 0 or found is None:
             said = " / ".join(line for line in result.stderr.splitlines() if line.startswith("E:")) or "nothing"
             raise HarkenError(f"`apt-get download {PACKAGE}` must bring the package; apt said: {said}. {WAYS}.")
-    shutil.move(folder / "fetched" / found.name, folder / found.name)
-    (folder / "fetched").rmdir()
-    return folder / found.name
+        return found.replace(folder / found.name)
 
 
 def unpack(deb: Path, folder: Path) -> Path:
@@ -97,8 +95,7 @@ def unpack(deb: Path, folder: Path) -> Path:
     target = folder / deb.stem
     if target.is_dir():
         return target
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
+    with atomic_folder(target, kind="unpacked package") as temporary:
         if shutil.which("dpkg") is not None:
             result = subprocess.run(
                 ["dpkg", "-x", str(deb), str(temporary)], capture_output=True, text=True, check=False

@@ -13,22 +13,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("models", nargs="+", type=Path, help="an experiment, or the checkpoints themselves")
     parser.add_argument(
-        "--last", type=int, default=0, help="take the newest N checkpoints of the experiment (all that are kept)"
+        "--last",
+        type=int,
+        default=0,
+        metavar="N",
+        help="newest checkpoints of the experiment (default: 0, all that are kept)",
     )
-    parser.add_argument("--out", required=True, type=Path, help="model folder to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="model folder to write; only an averaged one is replaced"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Average and write."""
-    from harken.config.saved import CHECKPOINTS, average_weights, find_model, load_config, save_model
-    from harken.core.files import atomic_path
+    from harken.config.saved import CHECKPOINTS, WEIGHTS, average_weights, find_model, load_config, save_model
+    from harken.core.errors import HarkenError
+    from harken.core.files import atomic_folder, check_replaceable, sha256_file, write_json_atomic
 
+    if args.last < 0:
+        raise HarkenError(f"`--last` must be 0 (all) or a number of checkpoints, got {args.last}")
+    files = ("averaged.json", "config.yaml", WEIGHTS)
+    check_replaceable(args.out, kind="averaged model", files=files)
     folders = [find_model(path) for path in args.models]
     if len(args.models) == 1 and (args.models[0] / CHECKPOINTS).is_dir():
         folders = sorted((args.models[0] / CHECKPOINTS).glob("step-*"))[-args.last :]
+    elif args.last:
+        raise HarkenError("`--last` takes checkpoints of one experiment: name a single folder with checkpoints in it")
     weights = average_weights(folders)
-    with atomic_path(args.out) as temporary:
-        temporary.mkdir()
-        save_model(temporary, load_config(folders[-1]), weights)
-    print(f"{args.out}: mean of {len(folders)} models: {', '.join(folder.name for folder in folders)}")
+    with atomic_folder(args.out, kind="averaged model", files=files) as folder:
+        save_model(folder, load_config(folders[-1]), weights)
+        sources = [{"model": str(one), "sha256": sha256_file(one / WEIGHTS)} for one in folders]
+        write_json_atomic(folder / "averaged.json", {"models": sources})
+    print(f"{args.out}: mean of {len(folders)} models: {', '.join(one.name for one in folders)}")
     return 0

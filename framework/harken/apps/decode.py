@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from harken.decode.search import Search
     from harken.evaluate.hypotheses import Utterance
     from harken.objectives.ctc import Ctc
@@ -21,20 +23,47 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("model", help="experiment, checkpoint or exported model with a `ctc` objective")
-    parser.add_argument("manifest", nargs="+", type=Path, help="indexed manifests; each gives OUT/<its name>.jsonl")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the hypothesis files")
-    parser.add_argument("--method", choices=("greedy", "prefix_beam"), default="greedy")
-    parser.add_argument("--beam", type=int, default=16, help="prefixes kept (16)")
-    parser.add_argument("--ngram", help="ARPA file over the model's tokens; `harken ngram` makes one")
-    parser.add_argument("--ngram-weight", type=float, default=0.5)
-    parser.add_argument("--insertion-bonus", type=float, default=0.0, help="added for each token, in nats")
-    parser.add_argument("--max-seconds", type=float, default=120.0, help="padded audio of a batch (120)")
-    parser.add_argument("--workers", type=int, default=1, help="loader processes (1)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="experiment, checkpoint or averaged model with a `ctc` objective"
+    )
+    parser.add_argument(
+        "manifest",
+        nargs="+",
+        type=Path,
+        metavar="MANIFEST",
+        help="indexed manifests, no two of one name; each gives DIR/<its name>.jsonl",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the hypothesis files")
+    parser.add_argument(
+        "--method", choices=("greedy", "prefix_beam"), default="greedy", help="search (default: greedy, the best path)"
+    )
+    parser.add_argument("--beam", type=int, default=16, metavar="N", help="prefixes kept (default: 16)")
+    parser.add_argument(
+        "--ngram",
+        metavar="ARPA",
+        help="model over the tokens, for prefix_beam; `harken ngram` makes one (default: none)",
+    )
+    parser.add_argument(
+        "--ngram-weight",
+        type=float,
+        default=0.5,
+        metavar="W",
+        help="factor on the n-gram's log-probability (default: 0.5)",
+    )
+    parser.add_argument(
+        "--insertion-bonus", type=float, default=0.0, metavar="B", help="added for each token, in nats (default: 0)"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, default=120.0, metavar="S", help="padded audio of a batch (default: 120)"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode every manifest."""
+    """Decode every manifest.
+
+    Raises HarkenError, before any is decoded, when an output would take the place of another or of a manifest.
+    """
     from harken.core.distributed import device
     from harken.core.errors import HarkenError
     from harken.data.tokens import BLANK, load_tokenizer
@@ -43,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
     from harken.objectives.ctc import Ctc, CtcConfig
     from harken.objectives.saved import load_objective
 
+    outputs = output_files(args.manifest, args.out)
+    if args.workers < 0:
+        raise HarkenError(f"`--workers` must be 0 (read in this process) or more, got {args.workers}")
     model, config = load_objective(args.model)
     if not isinstance(model, Ctc) or not isinstance(config.objective, CtcConfig):
         raise HarkenError(
@@ -60,10 +92,9 @@ def run(args: argparse.Namespace) -> int:
         token_min_log_prob=-8.0 if beam else None,
     )
     search = make_search(options, tokenizer.size, BLANK, tokenizer.symbols())
-    for manifest in args.manifest:
+    for manifest, out in outputs.items():
         started = time.perf_counter()
         utterances = decode_manifest(model, manifest, search, args.max_seconds, args.workers)
-        out = args.out / f"{manifest.stem}.jsonl"
         write_hypotheses(out, utterances)
         seconds, spent = sum(utterance.seconds for utterance in utterances), time.perf_counter() - started
         print(
@@ -71,6 +102,31 @@ def run(args: argparse.Namespace) -> int:
             f"{seconds / spent:.0f} x real time"
         )
     return 0
+
+
+def output_files(manifests: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Return the hypothesis file of each manifest: one of its name in `folder`.
+
+    Raises HarkenError when there is no such manifest, when two have one name, and when a file would be a manifest.
+    """
+    from harken.core.errors import HarkenError
+
+    outputs: dict[Path, Path] = {}
+    for manifest in manifests:
+        out = folder / f"{manifest.stem}.jsonl"
+        if not manifest.is_file():
+            raise HarkenError(f"no manifest at {manifest}; `harken data scan` makes one from audio files")
+        if out in outputs.values():
+            other = next(known for known, taken in outputs.items() if taken == out)
+            raise HarkenError(
+                f"{other} and {manifest} would both be decoded into {out}: decode them into different folders (--out)"
+            )
+        if any(out.resolve() == known.resolve() for known in manifests):
+            raise HarkenError(
+                f"{out} is a manifest, and the hypotheses would replace it: choose another folder (--out)"
+            )
+        outputs[manifest] = out
+    return outputs
 
 
 def decode_manifest(model: Ctc, manifest: Path, search: Search, max_seconds: float, workers: int) -> list[Utterance]:

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", required=True, help="the model's tokenizer: list of characters or sentencepiece .model"
     )
-    parser.add_argument("--order", type=int, default=6, help="longest n-gram (6)")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--order", type=int, default=6, metavar="N", help="longest n-gram (default: 6)")
+    parser.add_argument("--out", required=True, type=Path, metavar="ARPA", help="file to write; .gz is compressed")
 
 
 def run(args: argparse.Namespace) -> int:

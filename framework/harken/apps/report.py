@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MANIFEST",
         help="where utterances come from; may be given again (default: data.valid of the model)",
     )
-    parser.add_argument("--utterances", type=int, default=3, metavar="N", help="utterances shown (3; 0 loads no model)")
+    parser.add_argument(
+        "--utterances", type=int, default=3, metavar="N", help="utterances shown; 0 loads no model (default: 3)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,5 +118,6 @@ def _load(folder: Path) -> tuple[CtcModel, str | None]:
         log_probs=model.log_probs,
         spec=model.backbone.spec,
         tokenizer=load_tokenizer(own.tokenizer),
+        outputs_per_frame=own.head_upsampling,
     )
     return loaded, config.data.valid

@@ -16,32 +16,69 @@ HELP = "Fit clusters on features, label audio with them, check labels. Features 
 EXAMPLE = (
     "harken units fit train.jsonl --out units/km --clusters 100\n"
     "  harken units label train.jsonl dev.jsonl --clusterer units/km --out units/labels --jobs 8\n"
+    "  harken units fit --help"
+)
+FIT = (
+    "harken units fit train.jsonl --out units/km --clusters 100\n"
     "  harken units fit train.jsonl --out units2/km --features hidden --model exp/pretrain1 --layer 6 --clusters 500"
 )
+LABEL = "harken units label train.jsonl dev.jsonl --clusterer units/km --out units/labels --jobs 8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     verbs = parser.add_subparsers(dest="units_verb", required=True, metavar="fit|label|check")
-    fit = verbs.add_parser("fit", help="k-means on a sample of a manifest's frames")
-    fit.add_argument("manifest", help="indexed manifest")
-    fit.add_argument("--clusters", type=int, default=100, help="K (100)")
-    fit.add_argument("--max-frames", type=int, default=500_000, help="frames kept in memory for the fit (500000)")
-    fit.add_argument("--seed", type=int, default=0)
-    label = verbs.add_parser("label", help="write the packed label store of one or more manifests")
-    label.add_argument("manifest", nargs="+", help="indexed manifests that share the store")
-    label.add_argument("--clusterer", required=True, help="folder that `units fit` wrote")
-    for sub in (fit, label):
-        sub.add_argument("--out", required=True, type=Path, help="folder to write; `label` continues an unfinished one")
-        sub.add_argument("--features", choices=("mfcc", "hidden"), default="mfcc")
-        sub.add_argument("--model", help="saved model or experiment, for hidden features")
-        sub.add_argument("--layer", type=int, help="block whose output is clustered, from 1; 0 is the encoder's input")
-        sub.add_argument("--subtract-mean", action="store_true", help="take the mean of each utterance's MFCC away")
-        sub.add_argument("--average", type=int, default=1, help="average MFCC over N frames; 4 for frames of 40 ms (1)")
-        sub.add_argument("--sample-rate", type=int, default=16000)
-        sub.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
-    check = verbs.add_parser("check", help="judge a label store; status 1 when something is wrong")
-    check.add_argument("store", nargs="+", type=Path)
+    fit = _sub(verbs, "fit", "k-means on a sample of a manifest's frames", FIT)
+    fit.add_argument("manifest", metavar="MANIFEST", help="indexed manifest")
+    fit.add_argument("--out", required=True, type=Path, metavar="DIR", help="clusterer to write, or to replace")
+    fit.add_argument("--clusters", type=int, default=100, metavar="K", help="clusters (default: 100)")
+    fit.add_argument(
+        "--max-frames", type=int, default=500_000, metavar="N", help="frames kept in memory (default: 500000)"
+    )
+    fit.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample and of k-means (default: 0)")
+    _feature_arguments(fit, "threads of k-means")
+    label = _sub(verbs, "label", "write the packed label store of one or more manifests", LABEL)
+    label.add_argument("manifest", nargs="+", metavar="MANIFEST", help="indexed manifests that share the store")
+    label.add_argument("--clusterer", required=True, metavar="DIR", help="folder that `units fit` wrote")
+    label.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="new label store, or an unfinished one to continue"
+    )
+    _feature_arguments(label, "processes that label")
+    check = _sub(
+        verbs, "check", "judge label stores; status 1 when something is wrong", "harken units check units/labels"
+    )
+    check.add_argument("store", nargs="+", type=Path, metavar="STORE", help="folder that `units label` wrote")
+
+
+def _sub(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str, example: str
+) -> argparse.ArgumentParser:
+    return verbs.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _feature_arguments(parser: argparse.ArgumentParser, jobs: str) -> None:
+    parser.add_argument(
+        "--features", choices=("mfcc", "hidden"), default="mfcc", help="what is clustered (default: mfcc)"
+    )
+    parser.add_argument("--model", metavar="DIR", help="saved model or experiment, for hidden features")
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="block whose output is clustered, from 1; 0 is the encoder's input"
+    )
+    parser.add_argument("--subtract-mean", action="store_true", help="take the mean of each utterance's MFCC away")
+    parser.add_argument(
+        "--average", type=int, default=1, metavar="N", help="average MFCC over N frames; 4 suits 40 ms (default: 1)"
+    )
+    parser.add_argument(
+        "--sample-rate", type=int, default=16000, metavar="HZ", help="audio is resampled to it (default: 16000)"
+    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, metavar="N", help=f"{jobs} (default: one a core, {cores})")
 
 
 def run(args: argparse.Namespace) -> int:

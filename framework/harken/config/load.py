@@ -90,7 +90,11 @@ def _locate(name: str, folder: Path) -> Path:
     raise HarkenError(f"no configuration file or preset `{name}`{nearest(name, presets())}")
 
 
-def _layers(path: Path) -> list[tuple[dict[str, Any], str]]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the plain data of a configuration file.
+
+    Raises HarkenError when it cannot be read or holds no group of keys.
+    """
     try:
         data = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, ValueError, OSError) as error:
@@ -99,10 +103,15 @@ def _layers(path: Path) -> list[tuple[dict[str, Any], str]]:
         raise HarkenError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise HarkenError(f"{path} must hold a group of keys, got {type(data).__name__}")
+    return {str(key): value for key, value in data.items()}
+
+
+def _layers(path: Path) -> list[tuple[dict[str, Any], str]]:
+    data = read_yaml(path)
     base = data.pop("base", [])
     names = [base] if isinstance(base, str) else list(base)
     layers = [layer for name in names for layer in _layers(_locate(name, path.parent))]
-    return [*layers, ({str(key): value for key, value in data.items()}, str(path))]
+    return [*layers, (data, str(path))]
 
 
 def _dotted(text: str) -> dict[str, Any]:

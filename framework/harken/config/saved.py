@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harken.config.load import from_dict, to_yaml
+from harken.config.load import from_dict, read_yaml, to_yaml
 from harken.config.schema import RunConfig
 from harken.core.errors import HarkenError
 from harken.core.files import write_text_atomic
@@ -29,7 +28,12 @@ def find_model(path: str | Path) -> Path:
     if (path / WEIGHTS).is_file():
         return path
     ranking = path / CHECKPOINTS / "best.json"
-    best: list[str] = [entry["folder"] for entry in json.loads(ranking.read_text())] if ranking.is_file() else []
+    try:
+        best: list[str] = [entry["folder"] for entry in json.loads(ranking.read_text())] if ranking.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise HarkenError(
+            f"{ranking} is no list of checkpoints ({error!r}): remove it, or name a checkpoint's folder"
+        ) from error
     newest = sorted((folder.name for folder in (path / CHECKPOINTS).glob("step-*")), reverse=True)
     for name in [*best, *newest]:
         if (path / CHECKPOINTS / name / WEIGHTS).is_file():
@@ -44,12 +48,11 @@ def save_model(folder: Path, config: RunConfig, weights: Mapping[str, Tensor]) -
 
 
 def load_config(folder: Path) -> RunConfig:
-    """Read the configuration of a saved model."""
-    try:
-        data = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    except OSError as error:
-        raise HarkenError(f"{folder} has no readable config.yaml: {error}") from error
-    return from_dict(data)  # type: ignore[arg-type]
+    """Read the configuration of a saved model.
+
+    Raises HarkenError when it is missing, damaged or of another version's keys.
+    """
+    return from_dict(read_yaml(folder / "config.yaml"))
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

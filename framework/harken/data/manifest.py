@@ -24,10 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, remove, sha256_file, sync
+from harken.core.files import atomic_folder, remove, sha256_file, sync
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
+
+INDEX_FILES = ("card.json", "offsets.npy", "seconds.npy")
 
 
 class Manifest:
@@ -127,7 +129,7 @@ def build_index(path: str | Path, *, replace: bool = True) -> int:
     try:
         offsets, seconds = _read_lines(path)
         if replace:
-            with atomic_path(index_folder(path)) as folder:
+            with atomic_folder(index_folder(path), kind="index of a manifest", files=INDEX_FILES) as folder:
                 _write_index(folder, path, offsets, seconds)
         else:
             _write_first(path, offsets, seconds)
@@ -161,7 +163,6 @@ def _read_lines(path: Path) -> tuple[list[int], list[float]]:
 
 
 def _write_index(folder: Path, path: Path, offsets: list[int], seconds: list[float]) -> None:
-    folder.mkdir()
     np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
     np.save(folder / "seconds.npy", np.asarray(seconds, dtype=np.float32))
     card = {
@@ -178,6 +179,7 @@ def _write_first(path: Path, offsets: list[int], seconds: list[float]) -> None:
     folder = index_folder(path)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.mkdir()
         _write_index(temporary, path, offsets, seconds)
         sync(temporary)
         with suppress(OSError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from harken.core.errors import HarkenError
-from harken.core.files import write_text_atomic
+from harken.core.files import atomic_path
 from harken.decode.ngram import UNKNOWN, Context, NGram
 from harken.decode.prefix_beam import State
 
@@ -20,7 +20,7 @@ _LN10 = math.log(10)
 
 
 def save_arpa(model: NGram, path: str | Path) -> None:
-    """Write a model as an ARPA file, atomically."""
+    """Write a model as an ARPA file, atomically; gzip where the name ends in `.gz`, as `load_arpa` reads it."""
     sections: list[list[str]] = [[] for _ in range(model.order)]
     for history, context in model.contexts.items():
         for word, log_prob in context.next.items():
@@ -32,7 +32,9 @@ def save_arpa(model: NGram, path: str | Path) -> None:
     lines = ["\\data\\", *(f"ngram {order}={len(found)}" for order, found in enumerate(sections, start=1))]
     for order, found in enumerate(sections, start=1):
         lines += ["", f"\\{order}-grams:", *found]
-    write_text_atomic(path, "\n".join([*lines, "", "\\end\\", ""]))
+    text = "\n".join([*lines, "", "\\end\\", ""]).encode()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(gzip.compress(text, mtime=0) if Path(path).suffix == ".gz" else text)
 
 
 def load_arpa(path: str | Path) -> NGram:

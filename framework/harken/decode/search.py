@@ -14,11 +14,12 @@ from torch import Tensor
 from harken.core.errors import HarkenError, nearest
 from harken.decode.arpa import load_arpa
 from harken.decode.greedy import greedy_search
-from harken.decode.ngram import SPACE, NGramScorer, word_of
+from harken.decode.ngram import SPACE, NGramScorer
 from harken.decode.prefix_beam import BeamOptions, Floats, prefix_beam_search
 
 Method = Literal["greedy", "prefix_beam"]
 METHODS: tuple[Method, ...] = get_args(Method)
+WORD_BEGINNINGS = (" ", "<space>", SPACE)
 
 Search = Callable[[Tensor, Tensor], list[list[int]]]
 
@@ -108,7 +109,7 @@ def make_search(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequ
 def _bonus(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[str]) -> Floats:
     bonus = np.full(num_tokens, config.insertion_bonus)
     for number, symbol in enumerate(symbols):
-        if number != blank and (symbol == "|" or word_of(symbol).startswith(SPACE)):
+        if number != blank and (symbol == "|" or symbol.startswith(WORD_BEGINNINGS)):
             bonus[number] += config.word_bonus
     return bonus
 

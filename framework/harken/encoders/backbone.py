@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from harken.config.registry import build
 from harken.config.schema import RunConfig
@@ -41,6 +42,8 @@ class Backbone(nn.Module):
         masks: any of `band_mask` `(B, bands)`, `mask` `(B, T)` and `channel_mask` `(B, D)`, True where masked: bands
         are blanked, frames take the mask embedding, channels are zeroed.
         """
+        if "mask" not in masks:
+            inputs = self._one_frame(inputs)
         frames, frame_lengths = self.frontend(inputs, lengths, masks.get("band_mask"))
         x = self.encoder.embed(frames)
         if "mask" in masks:
@@ -51,8 +54,12 @@ class Backbone(nn.Module):
 
     def forward(self, inputs: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
         """Encode unmasked inputs `(B, S)`, as labelling, decoding and feature extraction do."""
-        frames, frame_lengths = self.frontend(inputs, lengths)
+        frames, frame_lengths = self.frontend(self._one_frame(inputs), lengths)
         return self.encoder.encode(self.encoder.embed(frames), frame_lengths, layers)
+
+    def _one_frame(self, inputs: Tensor) -> Tensor:
+        """Pad a batch in which nothing is long enough for a frame to one: no layer can work on none. Lengths stay 0."""
+        return functional.pad(inputs, (0, max(0, self.spec.receptive_field - inputs.shape[1])))
 
 
 def build_backbone(config: RunConfig) -> Backbone:

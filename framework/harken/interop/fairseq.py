@@ -25,7 +25,7 @@ from harken.config.registry import build
 from harken.config.saved import load_into, save_model
 from harken.config.schema import RunConfig
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, sha256_file, write_json_atomic
+from harken.core.files import atomic_folder, check_replaceable, sha256_file, write_json_atomic
 from harken.encoders.backbone import build_backbone
 from harken.interop.fairseq_options import (
     check_supported,
@@ -82,8 +82,7 @@ def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
     another model, or when it has an option that harken does not support.
     """
     path, folder = Path(path), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise HarkenError(f"{folder} exists already: name a new folder for the model, or remove it first")
+    check_replaceable(folder, kind="imported model")  # before the work
     imported = read_hubert(path)
     about = {
         "format": "fairseq",
@@ -93,8 +92,7 @@ def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
         "not_carried_over": imported.notes,
         "symbols": imported.symbols,
     }
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
+    with atomic_folder(folder, kind="imported model") as temporary:
         save_model(temporary, imported.config, imported.weights)
         write_json_atomic(temporary / "imported.json", about)
     return imported

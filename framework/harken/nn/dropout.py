@@ -19,7 +19,8 @@ class _DropOnCpu(torch.autograd.Function):
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         ctx.keep = (words.view(torch.int16)[: x.numel()] >= dropped - _LEVELS // 2).view(x.shape)
         ctx.scale = _LEVELS / (_LEVELS - dropped)
-        return (x * ctx.keep).mul_(ctx.scale)
+        kept: Tensor = (x * ctx.keep).mul_(ctx.scale)
+        return kept
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -11,9 +11,9 @@ Span = tuple[int, int]
 
 
 def forced_alignment(log_probs: NDArray[np.float32], tokens: Sequence[int], *, blank: int) -> list[Span] | None:
-    """Return the first frame and the end of each token on the best path that spells `tokens`.
+    """Return the first output and the end of each token on the best path that spells `tokens`.
 
-    log_probs: `(T, V)`. None when the frames are too few for the tokens.
+    log_probs: `(T, V)` of the model's outputs. None when they are too few for the tokens.
     Source: the path of Graves et al. 2006, "Connectionist temporal classification", section 4.1, with the maximum in
     place of the sum: blanks may stand between tokens and must between equal ones.
     """
@@ -40,7 +40,7 @@ def forced_alignment(log_probs: NDArray[np.float32], tokens: Sequence[int], *, b
     path = np.empty(frames, dtype=np.int64)
     for frame in range(frames - 1, -1, -1):
         path[frame] = state
-        state -= came_from[frame, state]
+        state -= int(came_from[frame, state])
     return [_span(path, 2 * place + 1) for place in range(len(tokens))]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from harken.config.load import read_yaml
 from harken.core.errors import HarkenError
 from harken.report.metrics import Metrics, read_metrics
 from harken.units.check import UnitReport, check_units
@@ -63,7 +63,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage of a recipe; `seconds` is None when it has begun and not finished."""
+    """A stage of a recipe; `seconds` is None when it has begun and not finished, NaN when its marker does not tell."""
 
     number: int
     name: str
@@ -149,17 +149,14 @@ def _runs(experiment: Experiment) -> None:
             experiment.lacks("runs", f"{name} has logged no step yet", f"harken train CONFIG --exp {path.parent}")
         if metrics.unreadable:
             experiment.lacks("runs", f"{metrics.unreadable} line(s) of {path} are no records and are left out")
-        settings = OmegaConf.to_container(OmegaConf.create(text)) if text else {}
-        experiment.runs.append(
-            Run(
-                name=name,
-                folder=path.parent,
-                config=text,
-                settings=settings if isinstance(settings, dict) else {},  # type: ignore[arg-type]
-                versions=_versions(path.parent),
-                metrics=metrics,
-            )
-        )
+        settings: dict[str, Any] = {}
+        try:
+            settings = read_yaml(config) if text else {}
+        except HarkenError as error:
+            experiment.lacks("runs", f"what {name} was: {error}")
+        versions = _versions(experiment, path.parent)
+        run = Run(name=name, folder=path.parent, config=text, settings=settings, versions=versions, metrics=metrics)
+        experiment.runs.append(run)
     experiment.runs.sort(key=lambda run: run.metrics.first_time)
     if not experiment.runs:
         experiment.lacks(
@@ -167,10 +164,13 @@ def _runs(experiment: Experiment) -> None:
         )
 
 
-def _versions(run: Path) -> dict[str, str]:
+def _versions(experiment: Experiment, run: Path) -> dict[str, str]:
     found = _find(run, "checkpoints/step-*/versions.json")
-    versions: dict[str, str] = json.loads(found[-1].read_text(encoding="utf-8")) if found else {}
-    return versions
+    try:
+        return dict(json.loads(found[-1].read_text(encoding="utf-8"))) if found else {}
+    except (ValueError, TypeError) as error:
+        experiment.lacks("runs", f"{found[-1]} cannot be read: {error}")
+        return {}
 
 
 def _stores(experiment: Experiment) -> None:
@@ -184,12 +184,11 @@ def _stores(experiment: Experiment) -> None:
     for place in folders:
         try:
             store = LabelStore(place)
-        except (HarkenError, OSError, ValueError, TypeError) as error:
+            report = check_units(store)
+        except HarkenError as error:
             experiment.lacks("units", f"label store {place} cannot be shown: {error}")
             continue
-        experiment.stores.append(
-            Store(name=_name(experiment, place), folder=place, card=store.card, report=check_units(store))
-        )
+        experiment.stores.append(Store(name=_name(experiment, place), folder=place, card=store.card, report=report))
     if not folders:
         experiment.lacks(
             "units",
@@ -257,14 +256,16 @@ def _stages(experiment: Experiment) -> None:
 
 def _stage(marker: Path, folder: Path) -> Stage | None:
     number, _, name = marker.stem.partition("-")
-    values = dict(line.split("=", 1) for line in marker.read_text(encoding="utf-8").splitlines() if "=" in line)
     if not number.isdigit():
         return None
+    text = marker.read_text(encoding="utf-8", errors="replace")
+    values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    seconds = values.get("seconds", "").strip()
     log = folder / "logs" / f"{marker.stem}.log"
     return Stage(
         number=int(number),
         name=name,
-        seconds=float(values.get("seconds", "nan")),
+        seconds=float(seconds) if seconds.replace(".", "", 1).isdecimal() else math.nan,
         finished=values.get("finished", ""),
         command=values.get("command", "").strip(),
         log=log if log.is_file() else None,

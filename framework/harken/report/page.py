@@ -46,7 +46,7 @@ def render(experiment: Experiment, views: Sequence[View] = (), how_chosen: str =
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, wall=wall, number=number, clock=clock, marked=marked)
+    environment.filters.update(percent=percent, wall=wall, number=number, clock=clock, marked=marked, known=_known)
     logged = [run for run in experiment.runs if run.metrics.train]
     return environment.get_template("page.html").render(
         experiment=experiment,
@@ -64,8 +64,8 @@ def render(experiment: Experiment, views: Sequence[View] = (), how_chosen: str =
         views=[(view, _drawn(utterance, view)) for view in views],
         how_chosen=how_chosen,
         marks=ERROR_MARKS,
-        slowest=max((stage.seconds or 0.0 for stage in experiment.stages), default=0.0) or 1.0,
-        stage_seconds=sum(stage.seconds or 0.0 for stage in experiment.stages),
+        slowest=max((_known(stage.seconds) for stage in experiment.stages), default=0.0) or 1.0,
+        stage_seconds=sum(_known(stage.seconds) for stage in experiment.stages),
         versions=version_rows(experiment),
     )
 
@@ -74,13 +74,17 @@ def _drawn(draw: Callable[[Any], str], of: Any) -> Markup:
     return Markup(draw(of))  # noqa: S704 (figures escape what they quote)
 
 
+def _known(seconds: float | None) -> float:
+    return seconds if seconds is not None and math.isfinite(seconds) else 0.0
+
+
 def summary(experiment: Experiment) -> str:
     """Return a sentence that says what was reached and what it cost."""
     parts = [
         f"{result.name}: {percent(result.score['wer']['rate'])} % WER, {percent(result.score['cer']['rate'])} % CER"
         for result in experiment.results
     ]
-    cost = sum(stage.seconds or 0.0 for stage in experiment.stages)
+    cost = sum(_known(stage.seconds) for stage in experiment.stages)
     trained = sum(float(run.metrics.train[-1].get("wall", 0.0)) for run in experiment.runs if run.metrics.train)
     if cost:
         parts.append(f"{wall(cost)} in all stages")

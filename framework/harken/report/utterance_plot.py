@@ -124,7 +124,7 @@ def _unit_color(unit: int) -> tuple[float, float, float]:
 
 def _rows(view: View) -> list[int]:
     """Return the tokens worth a row: those likely at some frame, at most `MOST_ROWS` of them; the blank comes first."""
-    best = view.probabilities.max(axis=0)
+    best = view.probabilities.max(axis=0, initial=0.0)  # audio too short for a frame has none
     best[BLANK] = 0.0
     likely = np.flatnonzero(best >= 0.2)
     likely = likely[np.argsort(-best[likely], kind="stable")][:MOST_ROWS]
@@ -137,15 +137,15 @@ def _posteriors(ax: Axes, view: View, rows: list[int]) -> None:
     image[..., :3] = to_rgb("#1688cf")  # tells itself from white and from black
     image[-1, :, :3] = 0.55  # the blank is grey: it is no token
     image[..., 3] = np.clip(shown, 0, 1)
-    half = view.frame_seconds / 2
-    left, right = (view.frame_times[0] - half, view.frame_times[-1] + half) if len(shown.T) else (0, 1)
-    ax.imshow(
-        image,
-        origin="lower",
-        aspect="auto",
-        interpolation="none",
-        extent=(left, right, -0.5, len(rows) - 0.5),
-    )
+    if len(shown.T):
+        half = view.output_seconds / 2
+        ax.imshow(
+            image,
+            origin="lower",
+            aspect="auto",
+            interpolation="none",
+            extent=(view.output_times[0] - half, view.output_times[-1] + half, -0.5, len(rows) - 0.5),
+        )
     names = [view.symbols[row].replace("<space>", "space").replace("<blank>", "blank") for row in reversed(rows)]
     ax.set_yticks(range(len(rows)), names, fontsize=6)
     ax.tick_params(axis="y", length=0, pad=2)
@@ -169,7 +169,7 @@ def _lanes(tokens: list[tuple[str, str]], times: Times, seconds: float) -> list[
 
 
 def _words(ax: Axes, name: str, placed: list[Word], text: str) -> None:
-    """Write words where they were placed, under bars from their first frame to their last."""
+    """Write words where they were placed, under bars from their first output to their last."""
     lanes = 1 + max((word.lane for word in placed), default=0)
     ax.set(ylim=(-lanes, 0), yticks=[-0.5])
     ax.set_yticklabels([name], fontsize=8)

@@ -36,13 +36,28 @@ Times = list[tuple[float, float]]
 class CtcModel:
     """A CTC model as this package needs it, which imports no objective.
 
-    log_probs: maps a batch of waveforms to log probabilities `(B, T, V)` and frame lengths `(B,)`; 0 is the blank.
+    log_probs: maps a batch of waveforms to log probabilities `(B, T, V)` and their lengths `(B,)`; 0 is the blank.
+    spec: of the encoder's frames. outputs_per_frame: how many of the T are made of one frame, side by side in time.
     """
 
     name: str
     log_probs: Callable[[Batch], tuple[Tensor, Tensor]]
     spec: FrameSpec
     tokenizer: Tokenizer
+    outputs_per_frame: int = 1
+
+    @property
+    def output_seconds(self) -> float:
+        """Seconds between two outputs."""
+        return self.spec.stride / self.outputs_per_frame / self.spec.sample_rate
+
+    def seconds(self, output: float) -> float:
+        """Return where in the audio an output has its middle; half an output less is the boundary before it.
+
+        The outputs of a frame share out its stride around the middle of what the frame saw.
+        """
+        first = (self.spec.receptive_field - 1) / 2 / self.spec.sample_rate
+        return first + (output - (self.outputs_per_frame - 1) / 2) * self.output_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +73,8 @@ class UnitRow:
 class View:
     """An utterance as it is drawn.
 
-    probabilities: `(T, V)`, the frame t seen at `frame_times[t]` seconds. source: where `hyp` is from.
+    probabilities: `(T, V)` of the model's outputs, the middle of t at `output_times[t]` seconds and `output_seconds`
+        from the next. source: where `hyp` is from.
     ref_times, hyp_times: (start, end) of each word in seconds on the best CTC path of its text, empty if it has none.
     """
 
@@ -71,8 +87,8 @@ class View:
     sample_rate: int
     units: list[UnitRow]
     probabilities: NDArray[np.float32]
-    frame_times: NDArray[np.float64]
-    frame_seconds: float
+    output_times: NDArray[np.float64]
+    output_seconds: float
     symbols: list[str]
     ops: tuple[Op, ...]
     words: Errors
@@ -175,7 +191,6 @@ def _view(one: _Candidate, model: CtcModel, stores: Sequence[Store]) -> View:
     hyp = one.hyp
     if hyp is None:
         hyp = " ".join(model.tokenizer.decode(greedy_search(log_probs, lengths, blank=BLANK)[0]).split())
-    centers = ((spec.receptive_field - 1) / 2 + spec.stride * np.arange(len(scores))) / spec.sample_rate
     ops = align(words(one.ref), words(hyp))
     return View(
         id=cut.id,
@@ -187,16 +202,16 @@ def _view(one: _Candidate, model: CtcModel, stores: Sequence[Store]) -> View:
         sample_rate=spec.sample_rate,
         units=[row for store in stores if (row := _units(store, cut.id)) is not None],
         probabilities=np.exp(scores),
-        frame_times=centers,
-        frame_seconds=1 / spec.rate,
+        output_times=np.array([model.seconds(output) for output in range(len(scores))]),
+        output_seconds=model.output_seconds,
         symbols=model.tokenizer.symbols(),
         ops=ops,
         words=count(ops),
         characters=count(align(characters(one.ref), characters(hyp))),
         ref=one.ref,
         hyp=hyp,
-        ref_times=_times(one.ref, scores, model.tokenizer, spec),
-        hyp_times=_times(hyp, scores, model.tokenizer, spec),
+        ref_times=_times(one.ref, scores, model),
+        hyp_times=_times(hyp, scores, model),
     )
 
 
@@ -210,21 +225,16 @@ def _units(store: Store, cut: str) -> UnitRow | None:
     return UnitRow(name=store.name, edges=edges, values=values)
 
 
-def _times(text: str, scores: NDArray[np.float32], tokenizer: Tokenizer, spec: FrameSpec) -> Times:
+def _times(text: str, scores: NDArray[np.float32], model: CtcModel) -> Times:
     try:
-        tokens = tokenizer.encode(text)
+        tokens = model.tokenizer.encode(text)
     except HarkenError:  # a text with characters that the model does not know has no path
         return []
     spans = forced_alignment(scores, tokens, blank=BLANK)
     if spans is None:
         return []
-    symbols = tokenizer.symbols()
+    symbols = model.tokenizer.symbols()
     found = word_spans(spans, [symbols[token] for token in tokens])
     if len(found) != len(words(text)):
         return []
-    middle = (spec.receptive_field - 1) / 2
-
-    def seconds(frame: int) -> float:  # the boundary before a frame
-        return (middle + spec.stride * (frame - 0.5)) / spec.sample_rate
-
-    return [(seconds(first), seconds(end)) for first, end in found]
+    return [(model.seconds(first - 0.5), model.seconds(end - 0.5)) for first, end in found]

@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,17 @@ from harken.optim.ema import WeightAverage
 from harken.train.log import say
 from harken.train.state import TrainState
 
+NAME = re.compile(r"step-\d{8,}")  # what a user calls step-best is the user's
+CONTENTS = {
+    "engine",
+    "model.safetensors",
+    "average.safetensors",
+    "config.yaml",
+    "state.json",
+    "versions.json",
+    "checksums.json",
+}
+
 
 @dataclass
 class Checkpoints:
@@ -47,7 +60,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Names of the checkpoints, oldest first."""
-        return sorted(path.name for path in self.root.glob("step-*") if path.is_dir())
+        return sorted(path.name for path in self.root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
 
     def save(
         self, engine: Engine, state: TrainState, average: WeightAverage | None, score: float | None = None
@@ -72,6 +85,8 @@ class Checkpoints:
             write_json_atomic(temporary / "versions.json", versions())
             write_json_atomic(temporary / "checksums.json", checksums(temporary))
             sync(temporary)
+            if target.is_dir() and strangers(target):  # a damaged one into which the user put something
+                target.replace(self.root / f"kept-{name}-{time.time_ns()}")
             remove(target)
             temporary.replace(target)
             sync_folder(self.root)
@@ -98,7 +113,11 @@ class Checkpoints:
         kept = set(self.names()[-keep.keep_last :]) | {str(entry["folder"]) for entry in self._best()[: keep.keep_best]}
         for name in self.names():
             if name not in kept:
-                remove(self.root / name)
+                strange = strangers(self.root / name)
+                if strange:
+                    say(f"WARNING checkpoint {self.root / name} is kept: `{strange[0]}` in it is none of harken's")
+                else:
+                    remove(self.root / name)
 
     def newest(self) -> Path | None:
         """Return the newest whole checkpoint, saying aloud which damaged ones were passed over; same on every rank."""
@@ -126,6 +145,11 @@ class Checkpoints:
         if average is not None and (path / "average.safetensors").is_file():
             average.load_state_dict(load_file(path / "average.safetensors"))
         return TrainState.from_dict(json.loads((path / "state.json").read_text()))
+
+
+def strangers(folder: Path) -> list[str]:
+    """Return what a checkpoint's folder holds that harken did not write: nothing that the user put there is removed."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in CONTENTS)
 
 
 def checksums(folder: Path) -> dict[str, str]:

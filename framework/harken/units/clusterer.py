@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from harken.config.schema import DataConfig
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, sha256_file
+from harken.core.files import atomic_folder, check_replaceable, sha256_file
 from harken.data.dataset import as_it_is
 from harken.data.loader import EvalLoader
 from harken.data.manifest import Manifest
 from harken.units.features import Features, Frames
 from harken.units.kmeans import KMeansConfig, Say, assign, fit
+
+KIND, FILES = "clusterer", ("card.json", "centroids.npy")
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,14 @@ class Clusterer:
         folder = Path(folder)
         if not (folder / "card.json").is_file():
             raise HarkenError(f"no clusterer at {folder}; `harken units fit` makes one")
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        digest = sha256_file(folder / "centroids.npy")
-        if digest != card["sha256"]:
+        try:
+            card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+            features, expected, digest = card["features"], card["sha256"], sha256_file(folder / "centroids.npy")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HarkenError(f"{folder} is no clusterer ({error!r}); `harken units fit` makes one") from error
+        if digest != expected:
             raise HarkenError(f"{folder}/centroids.npy is not as it was written: fit it again")
-        return cls(np.load(folder / "centroids.npy"), card["features"], digest)
+        return cls(np.load(folder / "centroids.npy"), features, digest)
 
 
 def sample_frames(
@@ -89,11 +94,14 @@ def sample_frames(
 def fit_clusterer(
     out: Path, manifest: str, features: Features, data: DataConfig, config: KMeansConfig, *, max_frames: int, say: Say
 ) -> None:
-    """Fit and write a clusterer; an unfinished one leaves nothing behind."""
+    """Fit and write a clusterer; an unfinished one leaves nothing behind.
+
+    Raises HarkenError, before any audio is read, when `out` is a folder that is no clusterer of harken's.
+    """
+    check_replaceable(out, kind=KIND, files=FILES)
     frames = sample_frames(manifest, features, data, max_frames=max_frames, seed=config.seed, say=say)
     centroids, inertia = fit(frames, config, say)
-    with atomic_path(out) as folder:
-        folder.mkdir()
+    with atomic_folder(out, kind=KIND, files=FILES) as folder:
         np.save(folder / "centroids.npy", centroids)
         card = {
             "features": features.describe(),

@@ -136,6 +136,8 @@ def make_features(
 
     Raises HarkenError for settings that do not fit each other.
     """
+    if sample_rate < 1000:  # Kaldi's filters do not fit below
+        raise HarkenError(f"`--sample-rate` must be in Hz and at least 1000, got {sample_rate}")
     if average < 1:
         raise HarkenError(f"`--average` must be at least 1, got {average}")
     if kind == "mfcc":
@@ -146,4 +148,9 @@ def make_features(
         raise HarkenError("`--features hidden` needs `--model` and `--layer`")
     if subtract_mean or average > 1:
         raise HarkenError("`--subtract-mean` and `--average` are for `--features mfcc`")
-    return Hidden(str(model), layer)
+    features = Hidden(str(model), layer)
+    if features.spec.sample_rate != sample_rate:
+        raise HarkenError(
+            f"`--sample-rate` must be the {features.spec.sample_rate} Hz that {model} was trained on, got {sample_rate}"
+        )
+    return features

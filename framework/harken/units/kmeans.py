@@ -13,6 +13,7 @@ from torch import Tensor
 from harken.core.errors import HarkenError
 
 Say = Callable[[str], None]
+MOST_CLUSTERS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,13 @@ class KMeansConfig:
     """Share of the inertia by which a whole pass must lower it for another to follow."""
     start_frames: int = 50_000
     """Frames that the k-means++ start is drawn from."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no clusters: raises HarkenError that names the setting."""
+        if not 1 <= self.clusters <= MOST_CLUSTERS:
+            raise HarkenError(f"the clusters must be 1 to {MOST_CLUSTERS} (labels have two bytes), got {self.clusters}")
+        if self.seed < 0:
+            raise HarkenError(f"the seed must be 0 or more, got {self.seed}")
 
 
 def assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

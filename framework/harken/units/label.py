@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from harken.config.schema import BatchConfig
 from harken.core.batch import Batch
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, remove, write_json_atomic, write_text_atomic
+from harken.core.files import atomic_folder, remove, write_json_atomic, write_text_atomic
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
 from harken.data.plan import make_plan, select
@@ -138,10 +141,8 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
                 f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it"
             )
         return not (job.out / "card.json").is_file()
-    if job.out.exists() and any(job.out.iterdir()):
-        raise HarkenError(f"{job.out} is not empty and holds no labelling: choose another folder")
-    with atomic_path(job.out) as folder:  # killed before it is whole, it has not begun
-        (folder / "pieces").mkdir(parents=True)
+    with atomic_folder(job.out, kind="label store") as folder:  # killed before it is whole, it has not begun
+        (folder / "pieces").mkdir()
         write_text_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
         np.save(folder / "index.npy", layout.index)
         with (folder / "labels.bin").open("wb") as stream:
@@ -160,19 +161,41 @@ def _run(job: Job, todo: list[int], processes: int) -> None:
         return
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=_work, args=(job, todo[number::processes]))
+        context.Process(target=_worker, args=(job, todo[number::processes]))
         for number in range(min(processes, len(todo)))
     ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:  # an interrupt ends them at once: what they finished is marked
+        for worker in workers:
+            worker.kill()
     failed = [worker.exitcode for worker in workers if worker.exitcode]
     if failed:
         raise HarkenError(
             f"{len(failed)} of {len(workers)} labelling processes failed (exit {failed}); "
             "finished pieces are kept, run the same command again"
         )
+
+
+def _worker(job: Job, pieces: list[int]) -> None:
+    """Label pieces as long as the process that asked for them lives; an error for the user is printed bare."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _work(job, pieces)
+    except HarkenError as error:
+        sys.exit(f"labelling process {os.getpid()}: {error}")
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, killed ones too: nobody else would, and it would write on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: Job, pieces: list[int]) -> None:

@@ -2,17 +2,21 @@
 
 A store is a folder:
 
-    card.json    what made the labels: clusterer and its hash, features, layer, rate, K, manifests
-    ids.txt      cut ids, sorted, one a line
-    index.npy    (N + 1) int64: where each cut's labels begin; the last entry is the total
-    labels.bin   the labels of all cuts, end to end, uint8 or uint16
-    pieces/      while labelling only: a marker with a checksum for each finished piece
+    card.json       what the labels are (`Card`); written last, so a store without it is unfinished
+    ids.txt         cut ids, sorted, one a line
+    index.npy       (N + 1) int64: where each cut's labels begin; the last entry is the total
+    labels.bin      the labels of all cuts, end to end, uint8 or uint16
+    plan.json       the card and the hashes of the manifests: by it a continued labelling knows that it is the same
+    unreadable.tsv  cuts without labels of their own, with reasons
+    pieces/         while labelling only: for each finished piece, which of its cuts could not be labelled
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +33,8 @@ from harken.core.files import write_json_atomic
 class Card:
     """What a store's labels are.
 
-    rate: labels a second. center: sample at the middle of what label 0 saw. hop: samples between labels.
+    clusters: K. center: sample at the middle of what label 0 saw. hop: samples between labels. features: what was
+    clustered, with the hash of its model. clusterer: hash of the centroids. cuts, labels: how many there are.
     """
 
     clusters: int
@@ -69,10 +74,12 @@ class LabelStore:
                 else "`harken units label` makes one"
             )
             raise HarkenError(f"no finished label store at {self.folder}; {hint}")
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        card = Card(**data)
-        expected = card.labels * np.dtype(card.dtype).itemsize
-        found = (self.folder / "labels.bin").stat().st_size
+        try:
+            card = Card(**json.loads(path.read_text(encoding="utf-8")))
+            expected = card.labels * np.dtype(card.dtype).itemsize
+            found = (self.folder / "labels.bin").stat().st_size
+        except (OSError, ValueError, TypeError) as error:
+            raise HarkenError(f"{self.folder} is no label store ({error}); `harken units label` makes one") from error
         if found != expected:
             raise HarkenError(
                 f"{self.folder}/labels.bin must be {expected} bytes by its card, found {found}: make the labels again"
@@ -82,13 +89,24 @@ class LabelStore:
     @cached_property
     def ids(self) -> list[str]:
         """Cut ids in the order of the store."""
-        return (self.folder / "ids.txt").read_text(encoding="utf-8").splitlines()
+        with self._reading("ids.txt") as path:
+            return path.read_text(encoding="utf-8").splitlines()
 
     @cached_property
     def index(self) -> NDArray[np.int64]:
         """Where each cut's labels begin."""
-        index: NDArray[np.int64] = np.load(self.folder / "index.npy", mmap_mode="r")
-        return index
+        with self._reading("index.npy") as path:
+            index: NDArray[np.int64] = np.load(path, mmap_mode="r")
+            if index.shape != (self.card.cuts + 1,) or index[-1] != self.card.labels:
+                raise ValueError(f"expected {self.card.cuts + 1} places up to {self.card.labels}")
+            return index
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        try:
+            yield self.folder / name
+        except (OSError, ValueError) as error:
+            raise HarkenError(f"{self.folder / name} cannot be read: {error}; make the labels again") from error
 
     @cached_property
     def values(self) -> NDArray[np.unsignedinteger[Any]]:
