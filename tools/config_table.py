@@ -89,12 +89,13 @@ def table(cls: type, path: str) -> str:
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """Return the string that stands under each field in the source, which Python itself throws away."""
-    (body,) = [node for node in ast.parse(inspect.getsource(cls)).body if isinstance(node, ast.ClassDef)]
-    found = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            found[field.target.id] = ast.literal_eval(text.value)
+    """Return the string under each field in the source, inherited ones too, which Python itself throws away."""
+    found: dict[str, str] = {}
+    for owner in reversed([one for one in cls.__mro__ if dataclasses.is_dataclass(one)]):
+        (body,) = [node for node in ast.parse(inspect.getsource(owner)).body if isinstance(node, ast.ClassDef)]
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                found[field.target.id] = ast.literal_eval(text.value)
     return found
 
 

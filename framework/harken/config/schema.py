@@ -97,8 +97,9 @@ class EngineConfig:
     """DeepSpeed's typed settings; `deepspeed` is merged over what they make."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16 run matrix products in half precision (autocast) over float32 weights."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 run matrix products in half precision (autocast) over float32 weights; auto is bf16 where the
+    device has instructions for it, else fp32."""
     activation_checkpointing: bool = False
     offload_optimizer: bool = False
     threads: int = 0
