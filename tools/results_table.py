@@ -1,112 +1,224 @@
-"""Collect the scores of a comparison into rows with command, machine and commit, and write the table of a README.
+"""The rows of a comparison: what each was trained with, what came out, and the table of a README.
+
+A row is a folder MINUTES-START-SEED that holds a run, its scores and the commands that made them. `begin` notes where
+and from what code a row is trained, each time it begins or continues; `finish` gathers everything into its result.json;
+`table` copies the results and writes the table. compare.sh of a recipe calls all three.
 
 Example:
-  python tools/results_table.py exp/compare --results egs/amazon_queen/results --readme egs/amazon_queen/README.md
+  python tools/results_table.py table exp/compare --results egs/amazon_queen/results --readme egs/amazon_queen/README.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from harken.core.errors import HarkenError
 from harken.core.files import write_json_atomic, write_text_atomic
+from harken.report.metrics import read_metrics
 
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 STARTS = {"scratch": "from scratch", "pretrain1": "HuBERT iteration 1", "pretrain2": "HuBERT iteration 2"}
 SETS = ("test", "test-unseen")
+ROW = re.compile(rf"(\d+)-({'|'.join(STARTS)})-(\d+)")
+SESSIONS = "sessions.jsonl"
+# what a result does not depend on, or what making the table itself changes
+NO_CODE = (":!*.md", ":!egs/*/results/*", ":!egs/*/data", ":!egs/*/data/*")
+
+Row = dict[str, Any]
 
 
-def main() -> int:
-    """Write the rows and the table."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run one of the three parts; a mistake is one line and status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("compare", type=Path, help="folder with one folder a row, named MINUTES-START-SEED")
-    parser.add_argument("--results", type=Path, required=True, help="folder for one JSON a row")
-    parser.add_argument("--readme", type=Path, required=True, help=f"file with the markers {BEGIN} and {END}")
-    args = parser.parse_args()
+    parts = parser.add_subparsers(dest="part", required=True)
+    started = parts.add_parser("begin", help="note the machine and the commit that a row is trained with from now on")
+    started.add_argument("row", type=Path)
+    started.add_argument("--jobs", type=int, default=1, help="rows that run side by side")
+    ended = parts.add_parser("finish", help="write the row's result.json")
+    ended.add_argument("row", type=Path)
+    made = parts.add_parser("table", help="write the results and the table")
+    made.add_argument("compare", type=Path, help="folder with one folder a row, named MINUTES-START-SEED")
+    made.add_argument("--results", type=Path, required=True, help="folder for one JSON a row")
+    made.add_argument("--readme", type=Path, required=True, action="append", help=f"file with {BEGIN} and {END}")
+    args = parser.parse_args(arguments)
     try:
-        folders = [path for path in sorted(args.compare.iterdir()) if (path / "test-score/wer.json").is_file()]
-        rows = [collect(folder) for folder in folders]
-        if not rows:
-            raise HarkenError(f"no scored rows in {args.compare}: run compare.sh first")
-        for row in rows:
-            write_json_atomic(args.results / f"{row['minutes']}-{row['start']}-{row['seed']}.json", row)
-        insert(args.readme, table(rows))
+        if args.part == "begin":
+            begin(args.row, args.jobs)
+        elif args.part == "finish":
+            write_json_atomic(args.row / "result.json", collect(args.row))
+        else:
+            publish(args.compare, args.results, args.readme)
     except HarkenError as error:
         print(f"results_table: {error}", file=sys.stderr)
         return 2
-    print(table(rows))
     return 0
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """Return one row: what was run, where, and what came out."""
-    minutes, start, seed = folder.name.split("-")
-    scores = {name: json.loads((folder / f"{name}-score/wer.json").read_text()) for name in SETS}
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line][-1]
-    return {
-        "minutes": int(minutes),
-        "start": start,
-        "seed": int(seed),
-        "scores": {name: {kind: score[kind] for kind in ("wer", "cer")} for name, score in scores.items()},
-        "train_seconds": last["wall"],
-        "audio_hours_seen": last["hours"],
-        "command": "egs/amazon_queen/run.sh && egs/amazon_queen/compare.sh",
+def begin(folder: Path, jobs: int) -> None:
+    """Add a session to a row: a row that is continued elsewhere, or after a change of the code, says so."""
+    session = {
+        "date": time.strftime("%F %T"),
         "machine": machine(),
-        "commit": commit(),
+        "commit": commit(ROOT),
+        "rows_side_by_side": jobs,
+    }
+    with (folder / SESSIONS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(session) + "\n")
+
+
+def collect(folder: Path) -> Row:
+    """Return a finished row: what was run, where, and what came out.
+
+    Raises HarkenError when the folder is no row, or its training did not take all of its steps.
+    """
+    name = ROW.fullmatch(folder.resolve().name)
+    if name is None:
+        raise HarkenError(f"a row's folder is named MINUTES-START-SEED, got {folder.name}")
+    records = read_metrics(folder / "metrics.jsonl").train
+    steps = records[-1]["step"] if records else 0
+    config = OmegaConf.load(folder / "config.yaml")
+    if steps < config.train.steps and not config.train.patience:
+        raise HarkenError(
+            f"{folder} must have taken {config.train.steps} steps, found {steps}: its training was stopped; "
+            "run the same command again to continue it"
+        )
+    scores = {part: json.loads((folder / f"{part}-score/wer.json").read_text(encoding="utf-8")) for part in SETS}
+    sessions = [json.loads(line) for line in (folder / SESSIONS).read_text(encoding="utf-8").splitlines()]
+    return {
+        "minutes": int(name[1]),
+        "start": name[2],
+        "seed": int(name[3]),
+        "scores": {part: {kind: score[kind] for kind in ("wer", "cer")} for part, score in scores.items()},
+        "steps": steps,
+        "hours_of_audio": records[-1]["hours"],
+        "minutes_of_training": records[-1]["wall"] / 60,
+        "date": time.strftime("%F %T"),
+        "machine": joined(session["machine"] for session in sessions),
+        "commit": joined(session["commit"] for session in sessions),
+        "rows_side_by_side": max(session["rows_side_by_side"] for session in sessions),
+        "commands": (folder / "commands").read_text(encoding="utf-8").splitlines(),
     }
 
 
+def joined(values: Any) -> str:
+    """Return the different values in their order as one text."""
+    return ", ".join(dict.fromkeys(values))
+
+
 def machine() -> str:
-    """Return the processor's name and the number of its cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    """Return the processor's name and the number of cores that this process may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0] if names else platform.processor()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
 
 
-def commit() -> str:
-    """Return the commit that is checked out."""
-    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+def commit(root: Path) -> str:
+    """Return the commit that is checked out, `+changes` behind it when the code differs from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    if not (found := git("rev-parse", "--short=12", "HEAD")):
+        return "unknown"
+    return found + ("+changes" if git("status", "--porcelain", "--untracked-files=all", "--", ".", *NO_CODE) else "")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the Markdown table: mean over seeds, and the sample deviation where there are several."""
-    cells: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+def publish(compare: Path, results: Path, readmes: list[Path]) -> None:
+    """Copy the result of each row, and write the table into the READMEs.
+
+    Raises HarkenError when no row is finished, or a README has no place for the table.
+    """
+    paths = [path / "result.json" for path in sorted(compare.iterdir()) if ROW.fullmatch(path.name)]
+    rows: list[Row] = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    if not rows:
+        raise HarkenError(f"no finished rows in {compare}: run compare.sh first")
+    for readme in readmes:
+        where = os.path.relpath(results, readme.parent)
+        insert(readme, f"{table(rows)}\n\n{origins(rows, where)}")
     for row in rows:
-        cells[row["minutes"], row["start"]].append(row)
+        write_json_atomic(results / f"{row['minutes']}-{row['start']}-{row['seed']}.json", row)
+    print(table(rows))
+
+
+def table(rows: list[Row]) -> str:
+    """Return the Markdown table: mean over seeds, and the sample deviation where there are several."""
+    groups: dict[tuple[int, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["minutes"], row["start"]].append(row)
     lines = [
         (
-            "| labels | start | test CER % | test WER % | test-unseen CER % | test-unseen WER % | seeds "
-            "| minutes of training |"
+            "| labels | start | test CER % | test WER % | test-unseen CER % | test-unseen WER % "
+            "| CER below scratch: test, test-unseen | seeds | minutes of training |"
         ),
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for minutes, start in sorted(cells, key=lambda cell: (cell[0], list(STARTS).index(cell[1]))):
-        group = cells[minutes, start]
-        cuts = [(name, kind) for name in SETS for kind in ("cer", "wer")]
-        figures = [figure([100 * row["scores"][name][kind]["rate"] for row in group]) for name, kind in cuts]
-        spent = statistics.mean(row["train_seconds"] for row in group) / 60
-        lines.append(f"| {minutes} min | {STARTS[start]} | {' | '.join(figures)} | {len(group)} | {spent:.1f} |")
-    first = rows[0]
-    lines += [
-        "",
-        f"Made by `{first['command']}` on {first['machine']}, commit {first['commit']}; one JSON a row in `results/`.",
-    ]
+    for minutes, start in sorted(groups, key=lambda group: (group[0], list(STARTS).index(group[1]))):
+        group = groups[minutes, start]
+        figures = [figure(rates(group, part, kind)) for part in SETS for kind in ("cer", "wer")]
+        gains = [gain(group, groups.get((minutes, "scratch"), []), part) for part in SETS]
+        below = ", ".join(gains) if start != "scratch" and all(gains) else ""
+        spent = statistics.mean(row["minutes_of_training"] for row in group)
+        cells = [f"{minutes} min", STARTS[start], *figures, below, str(len(group)), f"{spent:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def rates(group: list[Row], part: str, kind: str) -> list[float]:
+    """Return an error rate of each row in percent."""
+    return [100 * row["scores"][part][kind]["rate"] for row in group]
 
 
 def figure(values: list[float]) -> str:
     """Return a mean, with the sample standard deviation where there are several values."""
     mean = statistics.mean(values)
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def gain(group: list[Row], scratch: list[Row], part: str) -> str:
+    """Return by how much the mean CER is below that from scratch, relative to it; "" without rows to compare."""
+    if not scratch:
+        return ""
+    base = statistics.mean(rates(scratch, part, "cer"))
+    return f"{100 * (1 - statistics.mean(rates(group, part, 'cer')) / base):.0f} %" if base else ""
+
+
+def origins(rows: list[Row], results: str) -> str:
+    """Return who made which rows: one line for each machine, commit and budget, so that unequal rows show."""
+    groups: dict[tuple[str, str, int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["machine"], row["commit"], row["steps"], row["rows_side_by_side"]].append(row)
+    lines = [f"The commands of each row stand in its file in [{results}]({results})."]
+    for (where, code, steps, beside), group in groups.items():
+        names = "all rows" if len(groups) == 1 else ", ".join(f"{r['minutes']}-{r['start']}-{r['seed']}" for r in group)
+        days = sorted({row["date"].split()[0] for row in group})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        lines.append(f"Trained on {where}, commit {code}, {steps} steps, {beside} rows side by side, {when}: {names}.")
+    example = next((line for line in rows[0]["commands"] if " train " in line), "")
+    if example:
+        lines.append(f"The first: `{relative(example)}`")
+    return "\n".join(lines)
+
+
+def relative(command: str) -> str:
+    """Return a command with the paths of this repository as they are seen from its root."""
+    return shlex.join([word.replace(f"{ROOT}/", "") for word in shlex.split(command)])
 
 
 def insert(readme: Path, text: str) -> None:

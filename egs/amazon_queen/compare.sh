@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # What pretraining is worth: the same fine-tuning from scratch and after each iteration. See --help.
-# shellcheck disable=SC2154  # parse_options.sh and environment.sh set variables
+# shellcheck disable=SC2154,SC2317  # parse_options.sh and environment.sh set variables; stage calls functions by name
 # shellcheck source-path=SCRIPTDIR/../..
 set -euo pipefail
 
 recipe="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$recipe/../.." && pwd)"
 last_stage=2
-minutes="10 30 120" seeds="1 2 3"
-recipe_options=(minutes seeds)
+minutes="10 30 120" seeds="1 2 3" jobs="$(nproc)"
+recipe_options=(minutes seeds jobs)
 
 usage() {
   cat <<'HELP'
@@ -19,59 +19,153 @@ the pretrained models. 30 minutes are run with every seed, the others with the f
 Recipe options:
   --minutes "10 30 120"   label amounts
   --seeds "1 2 3"         seeds for the 30 minute rows
+  --jobs N                rows that run side by side, each on one thread (default: the number of cores)
 
 Stages:
-  1  finetune   every row: train, decode, score
+  1  compare    every row: train, decode, score; logs in EXP/logs/compare
   2  table      results/*.json beside this script, and the table in README.md
+
+A row is redone when its configuration, its labelled speech, the test sets or its pretrained model have changed, and with
+--force. One that failed stops no other; one that was interrupted continues.
 
 Examples:
   egs/amazon_queen/compare.sh
-  egs/amazon_queen/compare.sh --exp exp/amazon_queen --minutes "30"
+  egs/amazon_queen/compare.sh --exp exp/amazon_queen --minutes "30" --jobs 1
 
 HELP
 }
 
 . "$root/egs/shared/parse_options.sh"
 parse_options "$@"
+if ! is_whole_number "$jobs" || [ "$jobs" -lt 1 ]; then die "--jobs must be 1 or more, got '$jobs'"; fi
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
+. "$root/egs/shared/training.sh"
 
 data="$recipe/data"
 conf_files=()
 if [ -n "$conf" ]; then conf_files=("$conf"); fi
 for model in pretrain1 pretrain2; do
-  [ -d "$exp/$model/checkpoints" ] || die "$exp/$model holds no pretrained model: run run.sh --exp $exp first"
+  compgen -G "$exp/$model/checkpoints/*/checksums.json" > /dev/null ||
+    die "$exp/$model holds no pretrained model: run run.sh --exp $exp first"
 done
 
-row() { # MINUTES START SEED: train, decode and score one row unless it is there; nothing is kept but model and scores
-  local minutes="$1" start="$2" seed="$3"
-  local out="$exp/compare/$minutes-$start-$seed" init=()
-  if [ -f "$out/test-score/wer.json" ] && [ -f "$out/test-unseen-score/wer.json" ]; then
-    echo "$out: scored already"
-    return 0
-  fi
-  if [ "$start" != scratch ]; then init=("train.init_from=$exp/$start"); fi
-  "${parallel[@]}" train "$recipe/conf/compare.yaml" "${conf_files[@]}" "objective.tokenizer=$data/tokens.txt" \
-    "data.train=$data/train-${minutes}min.jsonl" "data.valid=$data/dev.jsonl" "seed=$seed" "${init[@]}" --exp "$out"
-  "${harken[@]}" decode "$out" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out"
-  "${harken[@]}" score "$out/test.jsonl" --out "$out/test-score"
-  "${harken[@]}" score "$out/test-unseen.jsonl" --out "$out/test-unseen-score"
+# What decides a row's result, one `name checksum` a line.
+made_of() { # MINUTES START CONFIGURATION...
+  local minutes="$1" start="$2" configuration model=none
+  shift 2
+  configuration="$(harken_config --yaml "$@")" || return
+  if [ "$start" != scratch ]; then model="$(cat "$exp/$start"/checkpoints/*/checksums.json)" || return; fi
+  printf 'configuration %s\n' "$(sha256sum <<< "$configuration")"
+  printf 'labels %s\n' "$(cat "$data/train-${minutes}min.jsonl" "$data/dev.jsonl" "$data/tokens.txt" | sha256sum)"
+  printf 'tests %s\n' "$(cat "$data/test.jsonl" "$data/test-unseen.jsonl" | sha256sum)"
+  printf 'model %s\n' "$(sha256sum <<< "$model")"
 }
 
-rows() { # MINUTES SEEDS: every start of every row, the cheapest first so that a table can be made early
-  local amounts="$1" all_seeds="$2" amount start seed
+# Prints why what an earlier call left of a row must not be kept, or nothing.
+row_changed() { # FOLDER MADE_OF
+  local changed
+  if [ ! -e "$1" ]; then return; fi
+  if [ "$force" = 1 ]; then
+    echo "--force"
+  elif [ ! -f "$1/made-of" ]; then
+    echo "what it was made of is not known"
+  else
+    changed="$(comm -13 <(sort "$1/made-of") <(sort <<< "$2") | cut -d' ' -f1 | paste -sd' ')"
+    if [ -n "$changed" ]; then echo "changed since: $changed"; fi
+  fi
+}
+
+row_says() { # TEXT: in the row's log and in the stage's
+  printf '%s\n' "$1"
+  printf '%s\n' "$1" >&3
+}
+
+# Trains, decodes and scores one row unless that is done. Its output is the row's log, where 3 is that of the stage.
+row() { # MINUTES START SEED CONFIGURATION...
+  local minutes="$1" start="$2" seed="$3" name="$1-$2-$3" out="$exp/compare/$1-$2-$3" made why configuration split
+  shift 3
+  configuration=("$@" "data.train=$data/train-${minutes}min.jsonl" "seed=$seed" engine.threads=1)
+  if [ "$start" != scratch ]; then configuration+=("train.init_from=$exp/$start"); fi
+  made="$(made_of "$minutes" "$start" "${configuration[@]}")"
+  why="$(row_changed "$out" "$made")"
+  if [ -n "$why" ]; then
+    row_says "$name: begins anew ($why)"
+    put_aside "$out"
+  elif [ -f "$out/result.json" ]; then
+    row_says "$name: done before"
+    return
+  elif [ -d "$out" ]; then
+    row_says "$name: continues"
+  else
+    row_says "$name: begins"
+  fi
+  if [ ! -d "$out" ]; then
+    rm -rf "$out.new"
+    mkdir "$out.new"
+    printf '%s\n' "$made" > "$out.new/made-of"
+    mv "$out.new" "$out"
+  fi
+  stage_commands="$out/commands"
+  : > "$stage_commands"
+  "$python" "$root/tools/results_table.py" begin "$out" --jobs "$jobs"
+  train_model "$out" "${configuration[@]}"
+  harken decode "$out" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out"
+  for split in test test-unseen; do
+    harken score "$out/$split.jsonl" --out "$out/$split-score"
+  done
+  "$python" "$root/tools/results_table.py" finish "$out"
+  row_says "$name: done"
+}
+
+row_ended() { # NAME STATUS
+  if [ "$2" != 0 ] && [ "$2" != 143 ]; then
+    echo "$1: FAILED with exit code $2; log: $exp/logs/compare/$1.log; its last 5 lines:" >&3
+    tail -n 5 "$exp/logs/compare/$1.log" | sed 's/^/    /' >&3
+    touch "$exp/compare/$1.failed"
+  fi
+}
+
+# A row in the background. On TERM it lets harken save, and then ends.
+run_row() { # MINUTES START SEED CONFIGURATION...
+  export OMP_NUM_THREADS=1
+  trap 'exit 143' TERM
+  # shellcheck disable=SC2064  # the name is that of now
+  trap "row_ended '$1-$2-$3' \$?" EXIT
+  row "$@"
+}
+
+# Every start of every row, `jobs` at a time, those of the first seed first so that a table can be made early.
+rows() { # MINUTES SEEDS CONFIGURATION...
+  local amounts="$1" all_seeds="$2" amount start seed failed
+  shift 2
+  set +m # rows stay in the stage's process group, to which signals go
+  mkdir -p "$exp/compare" "$exp/logs/compare"
+  rm -f "$exp"/compare/*.failed
+  trap 'wait; exit 143' TERM
   for seed in $all_seeds; do
     for amount in $amounts; do
       if [ "$amount" != 30 ] && [ "$seed" != "${all_seeds%% *}" ]; then continue; fi
       for start in scratch pretrain1 pretrain2; do
-        row "$amount" "$start" "$seed"
+        while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
+        run_row "$amount" "$start" "$seed" "$@" 3>&1 >> "$exp/logs/compare/$amount-$start-$seed.log" 2>&1 &
       done
     done
   done
+  wait
+  find "$exp/compare" -mindepth 2 -maxdepth 2 -path '*[0-9]/commands' -exec cat {} + >> "$stage_commands"
+  failed="$(find "$exp/compare" -maxdepth 1 -name '*.failed' | wc -l)"
+  if [ "$failed" != 0 ]; then
+    echo "$failed rows failed; the same command goes on with them"
+    return 1
+  fi
 }
-stage 1 finetune "$exp/pretrain1/ $exp/pretrain2/" "$exp/compare/" rows "$minutes" "$seeds"
+# data.train is the row's, and stands here because no configuration is whole without it.
+stage 1 compare "$exp/pretrain1/ $exp/pretrain2/" "$exp/compare/" rows "$minutes" "$seeds" \
+  "$recipe/conf/compare.yaml" "${conf_files[@]}" "objective.tokenizer=$data/tokens.txt" "data.valid=$data/dev.jsonl" \
+  "data.train=$data/train.jsonl"
 
-stage 2 table "$exp/compare/" "$recipe/results/" \
-  "$python" "$root/tools/results_table.py" "$exp/compare" --results "$recipe/results" --readme "$recipe/README.md"
+stage 2 table "$exp/compare/" "$recipe/results/" "$python" "$root/tools/results_table.py" table "$exp/compare" \
+  --results "$recipe/results" --readme "$recipe/README.md" --readme "$root/README.md"
 
 stages_summary

@@ -7,12 +7,17 @@ set -euo pipefail
 recipe="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$recipe/../.." && pwd)"
 last_stage=10
+layer=4
+recipe_options=(layer)
 
 usage() {
   cat <<'HELP'
 egs/amazon_queen/run.sh: HuBERT on 4.6 hours of acted English, from the corpus to error rates and a report.
 
 Modes: full (the default) takes under an hour on two cores; short, a few minutes, shows that everything works.
+
+Recipe options:
+  --layer N   the block of pretrain1 whose output is clustered into units2 (default: 4, of the 6 of conf/model.yaml)
 
 Stages:
   1  check      the environment (harken doctor)
@@ -29,6 +34,7 @@ Stages:
 Examples:
   egs/amazon_queen/run.sh --mode short
   egs/amazon_queen/run.sh --corpus ~/Downloads --nproc 2 --stage 4 --stop-stage 5
+  egs/amazon_queen/run.sh --conf egs/amazon_queen/conf/gpu.yaml --layer 8 --exp exp/gpu   # a larger model, on a GPU
 
 HELP
 }
@@ -37,6 +43,7 @@ HELP
 parse_options "$@"
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
+. "$root/egs/shared/training.sh"
 
 # What the modes share is made once; everything that depends on the configuration goes to $exp.
 data="$recipe/data"
@@ -44,13 +51,13 @@ conf_files=() corpus_option=()
 if [ -n "$conf" ]; then conf_files=("$conf"); fi
 if [ -n "$corpus" ]; then corpus_option=(--corpus "$corpus"); fi
 if [ "$mode" = short ]; then
-  labelled=train-30min clusters1=50 clusters2=50 layer=4 max_frames=100000
+  labelled=train-30min clusters1=50 clusters2=50 max_frames=100000
 else
-  labelled=train clusters1=100 clusters2=200 layer=4 max_frames=400000
+  labelled=train clusters1=100 clusters2=200 max_frames=400000
 fi
 jobs="$(nproc)" # the program: labelling uses every core, whatever --nproc trains on
 
-stage 1 check "the machine" "a list of versions and devices" "${harken[@]}" doctor
+stage 1 check "the machine" "a list of versions and devices" harken doctor
 
 stage 2 corpus "${corpus:-the Debian package}" "$data/train.jsonl $data/test.jsonl $data/flac/" \
   "$python" "$recipe/local/prepare.py" --out "$data" "${corpus_option[@]}" %force
@@ -58,69 +65,61 @@ stage 2 corpus "${corpus:-the Debian package}" "$data/train.jsonl $data/test.jso
 verify_corpus() { # DATA: index every split, decode every file once, describe, list the characters
   local folder="$1" split
   for split in train train-10min train-30min train-120min dev test test-unseen; do
-    "${harken[@]}" data index "$folder/$split.jsonl"
+    harken data index "$folder/$split.jsonl"
   done
   for split in train dev test test-unseen; do
-    "${harken[@]}" data verify "$folder/$split.jsonl"
+    harken data verify "$folder/$split.jsonl"
   done
-  "${harken[@]}" data stats "$folder/train.jsonl" "$folder/dev.jsonl" "$folder/test.jsonl" "$folder/test-unseen.jsonl"
-  "${harken[@]}" data tokens "$folder/train.jsonl" --out "$folder/tokens.txt"
+  harken data stats "$folder/train.jsonl" "$folder/dev.jsonl" "$folder/test.jsonl" "$folder/test-unseen.jsonl"
+  harken data tokens "$folder/train.jsonl" --out "$folder/tokens.txt"
 }
 stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
 
-make_units() { # OUT CLUSTERS ARGUMENT...: fit the clusters, label what pretraining reads and the report shows, check
-  local out="$1" clusters="$2"
-  shift 2
+# Fits the clusters, labels what pretraining reads and the report shows, and checks the labels.
+make_units() { # OUT CLUSTERS FRAMES ARGUMENT...
+  local out="$1" clusters="$2" frames="$3"
+  shift 3
   rm -rf "$out"
-  "${harken[@]}" units fit "$data/train.jsonl" --out "$out/km" --clusters "$clusters" --max-frames "$max_frames" --jobs "$jobs" "$@"
-  "${harken[@]}" units label "$data/train.jsonl" "$data/dev.jsonl" "$data/test.jsonl" --clusterer "$out/km" --out "$out/labels" --jobs "$jobs" "$@"
-  "${harken[@]}" units check "$out/labels"
+  harken units fit "$data/train.jsonl" --out "$out/km" --clusters "$clusters" --max-frames "$frames" \
+    --jobs "$jobs" "$@"
+  harken units label "$data/train.jsonl" "$data/dev.jsonl" "$data/test.jsonl" --clusterer "$out/km" \
+    --out "$out/labels" --jobs "$jobs" "$@"
+  harken units check "$out/labels"
 }
 stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
-  make_units "$exp/units1" "$clusters1" --features mfcc --subtract-mean --average 4
+  make_units "$exp/units1" "$clusters1" "$max_frames" --features mfcc --subtract-mean --average 4
 
-train_model() { # FOLDER [--force] ARGUMENT...: a run that is there is continued, with --force it is put aside
-  local folder="$1"
-  shift
-  if [ "${1:-}" = --force ]; then
-    shift
-    if [ -d "$folder" ]; then
-      rm -rf "$folder.old"
-      mv "$folder" "$folder.old"
-    fi
-  fi
-  "${parallel[@]}" train "$@" --exp "$folder"
-}
-stage 5 pretrain1 "$data/train.jsonl $exp/units1/labels/" "$exp/pretrain1/checkpoints/" train_model "$exp/pretrain1" %force \
+train_stage 5 pretrain1 "$data/train.jsonl $exp/units1/labels/" "$exp/pretrain1" \
   "$recipe/conf/$mode/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters1]" \
   "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$exp/units1/labels]"
 
 stage 6 units2 "$data/train.jsonl $data/dev.jsonl $exp/pretrain1/checkpoints/" "$exp/units2/labels/" \
-  make_units "$exp/units2" "$clusters2" --features hidden --model "$exp/pretrain1" --layer "$layer"
+  make_units "$exp/units2" "$clusters2" "$max_frames" --features hidden --model "$exp/pretrain1" --layer "$layer"
 
-stage 7 pretrain2 "$data/train.jsonl $exp/units2/labels/" "$exp/pretrain2/checkpoints/" train_model "$exp/pretrain2" %force \
+train_stage 7 pretrain2 "$data/train.jsonl $exp/units2/labels/" "$exp/pretrain2" \
   "$recipe/conf/$mode/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters2]" \
   "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$exp/units2/labels]"
 
-stage 8 finetune "$data/$labelled.jsonl $exp/pretrain2/checkpoints/" "$exp/finetune/checkpoints/" train_model "$exp/finetune" %force \
+train_stage 8 finetune "$data/$labelled.jsonl $exp/pretrain2/checkpoints/" "$exp/finetune" \
   "$recipe/conf/$mode/finetune.yaml" "${conf_files[@]}" "objective.tokenizer=$data/tokens.txt" \
   "data.train=$data/$labelled.jsonl" "data.valid=$data/dev.jsonl" "train.init_from=$exp/pretrain2"
 
-decode_and_score() { # MODEL OUT: best path, then prefix beam with a character n-gram of the training transcripts
-  local model="$1" out="$2" split
-  "${harken[@]}" ngram "$data/$labelled.jsonl" --tokens "$data/tokens.txt" --order 6 --out "$out/characters.arpa"
-  "${harken[@]}" decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/greedy"
-  "${harken[@]}" decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" \
+# Best path, then prefix beam with a character n-gram of the training transcripts.
+decode_and_score() { # MODEL OUT LABELLED
+  local model="$1" out="$2" labelled="$3" split
+  harken ngram "$data/$labelled.jsonl" --tokens "$data/tokens.txt" --order 6 --out "$out/characters.arpa"
+  harken decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/greedy"
+  harken decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" \
     --method prefix_beam --ngram "$out/characters.arpa" --ngram-weight 0.5 --insertion-bonus 0.5
   for split in greedy/test greedy/test-unseen beam/test beam/test-unseen; do
-    "${harken[@]}" score "$out/$split.jsonl" --out "$out/$split-score"
+    harken score "$out/$split.jsonl" --out "$out/$split-score"
   done
 }
 stage 9 decode "$data/test.jsonl $data/test-unseen.jsonl $exp/finetune/checkpoints/" "$exp/decode/greedy/test.jsonl" \
-  decode_and_score "$exp/finetune" "$exp/decode"
+  decode_and_score "$exp/finetune" "$exp/decode" "$labelled"
 
 stage 10 report "$exp/pretrain1/ $exp/pretrain2/ $exp/finetune/ $exp/decode/" "$exp/report.html" \
-  "${harken[@]}" report "$exp" --out "$exp/report.html" --cuts "$data/test.jsonl"
+  harken report "$exp" --out "$exp/report.html" --cuts "$data/test.jsonl"
 
 stages_summary
 if [ -f "$exp/report.html" ]; then echo "report: $exp/report.html"; fi

@@ -1,5 +1,5 @@
-# shellcheck shell=bash disable=SC2034,SC2154  # root, python and nproc are set before; the commands are used after
-# Sets `python` and the command `harken` of a recipe. Source it after parse_options.
+# shellcheck shell=bash disable=SC2034,SC2154  # root, python and nproc are set before; the functions are called after
+# Sets `python` and defines the command `harken` of a recipe. Source it after parse_options.
 if [ -z "$python" ]; then
   bash "$root/tools/setup.sh"
   python="$root/.venv/bin/python"
@@ -9,9 +9,23 @@ else
   export PYTHONPATH="$root/framework${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
-harken=("$python" -m harken.apps.main)
+# What a stage runs is noted as a user would type it (note_command of stages.sh); the report shows it.
+harken() {
+  note_command harken "$@"
+  "$python" -m harken.apps.main "$@"
+}
+
 # One process needs no launcher; several are started by torchrun, which restarts none: a stage resumes when run again.
-parallel=("${harken[@]}")
-if [ "$nproc" -gt 1 ]; then
-  parallel=("$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" -m harken.apps.main)
-fi
+harken_parallel() {
+  if [ "$nproc" = 1 ]; then
+    harken "$@"
+  else
+    note_command torchrun --standalone --nproc-per-node "$nproc" -m harken.apps.main "$@"
+    "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" -m harken.apps.main "$@"
+  fi
+}
+
+# What a configuration amounts to: asked by the scripts, no part of what a stage does.
+harken_config() { # [--yaml] FILE... KEY=VALUE...
+  "$python" -m harken.apps.main config "$@"
+}

@@ -3,30 +3,54 @@
 #
 #   stage NUMBER NAME "READS" "WRITES" COMMAND [ARGUMENT...]
 #
-# COMMAND is a program or a function of the recipe, which stops at its first failing command.
+# COMMAND is a program or a function of the recipe, which stops at its first failing command. Arguments that end in
+# .yaml are configurations of harken, those of the form KEY=VALUE what overrides them.
 # READS and WRITES are for the reader; their words with a slash are taken as paths: a stage runs again when a path it
 # wrote is gone, or when a stage that wrote what it reads has run since. An argument `%force` is passed on as --force
 # when the user gave --force and is left out otherwise, for commands that would continue from what they find.
+# A folder in the variable `resumes` holds work that the command continues (see train_stage in training.sh): it is
+# continued only when the stage was interrupted and nothing has changed since it began, else put aside as FOLDER.old.
 #
-# A finished stage leaves EXP/stages/NUMBER-NAME.done: a stage that failed or was stopped leaves none and runs again.
+# A finished stage leaves EXP/stages/NUMBER-NAME.done. One that failed or was stopped leaves .begun and runs again.
+# What a stage ran stands in NUMBER-NAME.commands beside them.
 
 stages_begun=$SECONDS
 stage_table=()
-stage_child="" stage_signal="" stage_status=0 stage_now=""
+stage_child="" stage_signal="" stage_status=0 stage_now="" stage_commands="" stage_anew=""
 
-# The arguments, the text of a function, and the contents of the arguments that are configurations or scripts: an
-# edited file is a changed command.
+# What a stage's command is: its arguments, the text of the function that it calls (not of those that this one calls),
+# the scripts among its arguments, and every resolved value of its configuration: a file that a configuration reaches
+# through `base:` counts, a comment in it does not.
 stage_hash() {
-  local argument
+  local argument configuration=() files=0 resolved=""
+  for argument in "$@"; do
+    case "$argument" in
+      -*) ;;
+      *=*) configuration+=("$argument") ;;
+      *.yaml) configuration+=("$argument"); files=1 ;;
+    esac
+  done
+  # A substitution does not inherit errexit: a configuration with a mistake must end the recipe here.
+  if [ "$files" = 1 ]; then resolved="$(harken_config --yaml "${configuration[@]}")" || return; fi
   {
-    printf '%s\0' "$@"
+    printf '%s\0' "$@" "$resolved"
     declare -f "$1" || true
     for argument in "$@"; do
       case "$argument" in
-        *.yaml | *.py | *.sh) if [ -f "$argument" ]; then cat "$argument"; fi ;;
+        *.py | *.sh) if [ -f "$argument" ]; then cat "$argument"; fi ;;
       esac
     done
   } | sha256sum | cut -d' ' -f1
+}
+
+# Adds a command that the stage is about to run to those that the report shows: one line that a shell reads back.
+note_command() { # COMMAND ARGUMENT...
+  local word line=""
+  if [ -z "$stage_commands" ]; then return; fi
+  for word in "$@"; do
+    if [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then line+=" $word"; else line+=" ${word@Q}"; fi
+  done
+  printf '%s\n' "${line# }" >> "$stage_commands"
 }
 
 marker_value() { # MARKER KEY
@@ -68,14 +92,56 @@ stale_reason() { # MARKER HASH READS
   done
 }
 
-write_marker() { # MARKER HASH SECONDS WRITES COMMAND...
-  local marker="$1" hash="$2" seconds="$3" writes="$4"
-  shift 4
-  {
-    printf 'hash=%s\nfinished=%s\nseconds=%s\nwrites=%s\n' "$hash" "$(date '+%F %T')" "$seconds" "$writes"
-    printf 'command=%s\n' "$(printf '%q ' "$@")"
-  } > "$marker.tmp"
-  mv "$marker.tmp" "$marker"
+# Decides whether a stage runs, and says why. Status 1: it is finished and nothing has changed. Sets stage_anew when
+# work that an earlier run left must not be continued.
+stage_due() { # MARKER HASH READS
+  local marker="$1" begun="${1%.done}.begun" why since
+  stage_anew=1
+  if [ -f "$marker" ]; then
+    why="$(stale_reason "$marker" "$2" "$3")"
+    if [ -z "$why" ]; then
+      echo "skipped: finished on $(marker_value "$marker" finished) in $(marker_value "$marker" seconds) s with the" \
+        "same command (--force redoes it)"
+      return 1
+    fi
+    echo "finished before, runs again: $why"
+  elif [ -f "$begun" ]; then
+    why="$(stale_reason "$begun" "$2" "$3")" since="$(marker_value "$begun" begun)"
+    if [ -n "$why" ]; then
+      echo "begun on $since and not finished, begins anew: $why"
+    elif [ -n "${resumes:-}" ]; then
+      echo "begun on $since and not finished, continues"
+      stage_anew=""
+    else
+      echo "begun on $since and not finished, runs again"
+    fi
+  fi
+}
+
+put_aside() { # PATH: as PATH.old, in place of an older one
+  if [ -e "$1" ]; then
+    rm -rf "$1.old"
+    mv "$1" "$1.old"
+    echo "put aside: $1.old"
+  fi
+}
+
+# In this order a kill at any moment leaves either the old state or one that begins anew.
+begin_stage() { # MARKER HASH
+  local begun="${1%.done}.begun"
+  if [ -n "$stage_anew" ]; then
+    rm -f "$begun"
+    rm -f "$1"
+    if [ -n "${resumes:-}" ]; then put_aside "$resumes"; fi
+    printf 'hash=%s\nbegun=%s\n' "$2" "$(date '+%F %T')" > "$begun.tmp"
+    mv "$begun.tmp" "$begun"
+  fi
+}
+
+write_marker() { # MARKER HASH SECONDS WRITES
+  printf 'hash=%s\nfinished=%s\nseconds=%s\nwrites=%s\n' "$2" "$(date '+%F %T')" "$3" "$4" > "$1.tmp"
+  mv "$1.tmp" "$1"
+  rm -f "${1%.done}.begun"
 }
 
 # The command has a process group of its own: a signal to the recipe is passed on to all of it as TERM, on which
@@ -138,37 +204,35 @@ cost_of() { # SECONDS WRITES: what a stage cost, for the reader
 }
 
 stage() {
-  local number="$1" name="$2" reads="$3" writes="$4" marker log hash why="" begun cost
+  local number="$1" name="$2" reads="$3" writes="$4" marker log hash begun cost
   shift 4
   stage_now="$number $name"
   if [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; then return; fi
   marker="$exp/stages/$number-$name.done" log="$exp/logs/$number-$name.log"
   mkdir -p "$exp/stages" "$exp/logs"
-  hash="$(stage_hash "$@")"
   printf '\n== stage %s of %s: %s\n' "$number" "$last_stage" "$name"
-  if [ -f "$marker" ]; then
-    why="$(stale_reason "$marker" "$hash" "$reads")"
-    if [ -z "$why" ]; then
-      echo "skipped: finished on $(marker_value "$marker" finished) in $(marker_value "$marker" seconds) s with the" \
-        "same command (--force redoes it)"
-      stage_table+=("$(printf '%-3s %-14s skipped' "$number" "$name")")
-      return
-    fi
-    echo "finished before, runs again: $why"
+  hash="$(stage_hash "$@")"
+  if ! stage_due "$marker" "$hash" "$reads"; then
+    stage_table+=("$(printf '%-3s %-14s skipped' "$number" "$name")")
+    return
   fi
-  rm -f "$marker"
+  begin_stage "$marker" "$hash"
   local command=() word
   for word in "$@"; do
     if [ "$word" != %force ]; then command+=("$word"); elif [ "$force" = 1 ]; then command+=(--force); fi
   done
-  printf 'reads:   %s\nwrites:  %s\ncommand: %s\nlog:     %s\n' "$reads" "$writes" "$(printf '%q ' "${command[@]}")" "$log"
+  printf 'reads:   %s\nwrites:  %s\nlog:     %s\n' "$reads" "$writes" "$log"
+  printf 'command: %s\n' "$(printf '%q ' "${command[@]}")"
   if [ -f "$log" ]; then mv "$log" "$log.old"; fi
+  stage_commands="${marker%.done}.commands"
+  : > "$stage_commands"
+  if ! declare -F "$1" > /dev/null; then note_command "${command[@]}"; fi
   begun=$SECONDS
   run_logged "$log" "${command[@]}"
   if [ "$stage_status" != 0 ] || [ -n "$stage_signal" ]; then
     stage_failed "$stage_status" "$((SECONDS - begun))" "$log"
   fi
-  write_marker "$marker" "$hash" "$((SECONDS - begun))" "$writes" "$@"
+  write_marker "$marker" "$hash" "$((SECONDS - begun))" "$writes"
   cost="$(cost_of "$((SECONDS - begun))" "$writes")"
   echo "cost:    $cost"
   stage_table+=("$(printf '%-3s %-14s %s' "$number" "$name" "$cost")")

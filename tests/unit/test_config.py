@@ -74,7 +74,7 @@ def refusal(small: Path, *overrides: str) -> str:
         ("data.speed=0.9", "`data.speed` must be list of float, got 0.9"),
         ("data.speed=[0.9,fast]", "`data.speed[1]` must be float, got 'fast'"),
         ("engine.zero_stage=4", "`engine.zero_stage` must be one of 0, 1, 2, 3, got 4"),
-        ("engine.precision=fp8", "`engine.precision` must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
+        ("engine.precision=fp8", "`engine.precision` must be one of 'auto', 'fp32', 'bf16', 'fp16', got 'fp8'"),
         ("engine.deepspeed=7", "`engine.deepspeed` must be dict"),
         # rules
         ("encoder.heads=7", "`encoder.dim` must be divisible by `encoder.heads`, got 64 and 7"),

@@ -207,9 +207,16 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_every_page_is_in_the_index() -> None:
+def test_every_page_is_in_the_index_once() -> None:
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    assert [name for name in PAGES if name != "README.md" and f"({name})" not in index] == []
+    assert [name for name in PAGES if name != "README.md" and index.count(f"| [{name}]({name}) |") != 1] == []
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_every_block_is_marked_as_one_that_runs_or_one_that_does_not(page: str) -> None:
+    known = {"bash", "python", "console", "yaml", "json"}  # `sh` would look like `bash` and never run
+    found = [block for block in blocks(ROOT / page) if block.language not in known]
+    assert [f"line {block.line}: {block.language}" for block in found] == []
 
 
 def literal(node: ast.AST) -> str | None:
@@ -223,7 +230,9 @@ def literal(node: ast.AST) -> str | None:
 def messages() -> list[str]:
     """Every text of the code, every line of the scripts, and the texts that are printed behind a word."""
     found = []
-    for path in sorted([*(ROOT / "framework").rglob("*.py"), *(ROOT / "egs").glob("*/local/*.py")]):
+    for path in sorted(
+        [*(ROOT / "framework").rglob("*.py"), *(ROOT / "egs").glob("*/local/*.py"), *(ROOT / "tools").glob("*.py")]
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (text := literal(node)) is not None:
                 found.append(text)

@@ -128,8 +128,11 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hypotheses(folder / "decode/test.jsonl", rows)
     assert main(["score", str(folder / "decode/test.jsonl")]) == 0
     (folder / "stages").mkdir()
-    marker = 'write_marker "$1/stages/8-finetune.done" abc 3723 "$1/finetune" train_model "$1/a b" %force'
-    script = f'. "{ROOT}/egs/shared/stages.sh"; {marker}'
+    marker = 'write_marker "$1/stages/8-finetune.done" abc 3723 "$1/finetune"'
+    note = (
+        'stage_commands="$1/stages/8-finetune.commands"; note_command harken train "$1/a b" "data.labels=[x]" --exp y'
+    )
+    script = f'. "{ROOT}/egs/shared/stages.sh"; {marker}; {note}'
     subprocess.run(["bash", "-euc", f"exp=$1 force=0 last_stage=9; {script}", "_", folder], check=True)
     (folder / "logs").mkdir()
     (folder / "logs/9-decode.log").write_text("still going\n")
@@ -203,7 +206,7 @@ def test_the_page_shows_every_part_of_the_experiment(experiment: Path, page: str
     assert "<b>JOE 3" in texts["speakers"]
     assert "8 finetune 1 h 02 min" in texts["stages"]
     assert f"9 decode {DASH} not finished" in texts["stages"]
-    assert r"a\ b %force" in texts["commands"]
+    assert f"harken train '{experiment}/a b' 'data.labels=[x]' --exp y" in texts["commands"]
     assert "mask_probability" in texts["configuration"]
     assert "torch" in texts["versions"]
     assert "9.8.7" in texts["versions"]

@@ -65,6 +65,10 @@ def exp(recipe: Path) -> Path:
     return recipe / "exp/short"
 
 
+def finished(recipe: Path) -> list[str]:
+    return [path.name for path in (exp(recipe) / "stages").glob("*.done")]
+
+
 def test_stages_run_once_and_are_skipped_with_a_reason(recipe: Path) -> None:
     first = run(recipe)
     assert "made one" in first
@@ -126,7 +130,7 @@ def test_a_failing_stage_names_the_log_and_shows_its_end(recipe: Path) -> None:
     shown = output.split("its last 15 lines:\n")[1].split()
     assert shown == [str(n) for n in range(87, 101)] + ["broken"]
     assert "echo never" not in output
-    assert not list((exp(recipe) / "stages").iterdir())
+    assert finished(recipe) == []
 
 
 def test_a_function_stops_at_its_first_failing_command(recipe: Path) -> None:
@@ -141,6 +145,20 @@ def test_an_edited_function_is_a_changed_command(recipe: Path) -> None:
     assert "skipped" in run(recipe)
     write_stages(recipe, "both() { echo blue; }\nstage 1 one a b both\n")
     assert "blue" in run(recipe)
+
+
+def test_what_a_stage_ran_is_kept_as_lines_that_a_shell_reads_back(recipe: Path) -> None:
+    write_stages(
+        recipe,
+        'harken() { note_command harken "$@"; }\n'
+        'many() { harken train "data.labels=[$1]" --exp "$1"; harken score x; }\n'
+        'stage 1 one a b many "a b"\nstage 2 two a b printf "<%s>" %force "it\'s"\n',
+    )
+    for _ in range(2):  # forced, they are those of the last time
+        run(recipe, "--force")
+        first = (exp(recipe) / "stages/1-one.commands").read_text()
+        assert first == "harken train 'data.labels=[a b]' --exp 'a b'\nharken score x\n"
+        assert (exp(recipe) / "stages/2-two.commands").read_text() == "printf '<%s>' --force 'it'\\''s'\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -167,7 +185,7 @@ def test_a_signal_reaches_the_command_and_leaves_no_marker(recipe: Path, number:
     assert saved.exists(), "the command must have had the time to save"
     assert f"stage 1 one stopped by {number.name[3:]}" in output
     assert "never" not in output
-    assert not list((exp(recipe) / "stages").iterdir())
+    assert finished(recipe) == []
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harken.core.cpu import bf16_instructions
+
 HELP = "versions, devices, what is missing and the command that installs it"
 EXAMPLE = "harken doctor --json"
 
@@ -183,13 +185,10 @@ def check_cpu(report: Report) -> None:
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    known = set(flags.group(1).split()) if flags else set()
-    bf16 = sorted(known & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"})
     affinity = getattr(os, "sched_getaffinity", None)
     report.devices["cpu"] = model.group(1) if model else platform.processor() or platform.machine()
     report.devices["cpu_cores"] = len(affinity(0)) if affinity else os.cpu_count()
-    report.devices["cpu_bf16"] = ", ".join(bf16) or "emulated: slower than fp32 on this CPU"
+    report.devices["cpu_bf16"] = ", ".join(bf16_instructions(info)) or "emulated: slower than fp32 on this CPU"
     try:
         import psutil
     except ImportError:

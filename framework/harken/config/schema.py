@@ -133,8 +133,9 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What ranks divide among them instead of each keeping it whole: 1 the optimiser's state, 2 gradients too, 3
     weights too. Source: ZeRO, arXiv 1910.02054; DeepSpeed `zero_optimization.stage`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16 run matrix products in half precision (autocast) over float32 weights."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 run matrix products in half precision (autocast) over float32 weights; auto is bf16 where the
+    device has instructions for it, else fp32."""
     activation_checkpointing: bool = False
     """Compute each encoder block again in the backward pass instead of keeping its activations: less memory, about a
     third more time. Source: arXiv 1604.06174; fairseq `checkpoint_activations`."""

@@ -63,13 +63,16 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage of a recipe; `seconds` is None when it has begun and not finished, NaN when its marker does not tell."""
+    """A stage of a recipe; `seconds` is None when it has begun and not finished, NaN when its marker does not tell.
+
+    commands: what it ran, one a line.
+    """
 
     number: int
     name: str
     seconds: float | None = None
     finished: str = ""
-    command: str = ""
+    commands: str = ""
     log: Path | None = None
 
 
@@ -242,7 +245,7 @@ def _stages(experiment: Experiment) -> None:
     for path in _find(folder, "logs/*.log"):
         number, _, name = path.stem.partition("-")
         if number.isdigit() and path.stem not in stages:
-            stages[path.stem] = Stage(number=int(number), name=name, log=path)
+            stages[path.stem] = Stage(number=int(number), name=name, commands=_commands(folder, path.stem), log=path)
     experiment.stages = sorted(
         (stage for stage in stages.values() if stage), key=lambda stage: (stage.number, stage.name)
     )
@@ -267,6 +270,11 @@ def _stage(marker: Path, folder: Path) -> Stage | None:
         name=name,
         seconds=float(seconds) if seconds.replace(".", "", 1).isdecimal() else math.nan,
         finished=values.get("finished", ""),
-        command=values.get("command", "").strip(),
+        commands=_commands(folder, marker.stem),
         log=log if log.is_file() else None,
     )
+
+
+def _commands(folder: Path, stage: str) -> str:
+    path = folder / "stages" / f"{stage}.commands"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""

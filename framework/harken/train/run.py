@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,6 +22,7 @@ from harken.core.frames import FrameSpec
 from harken.data.dataset import Prepare
 from harken.data.loader import EvalLoader, Position, TrainLoader
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
+from harken.engine.precision import resolved
 from harken.optim.ema import WeightAverage
 from harken.optim.groups import parameter_groups
 from harken.optim.schedules.base import Schedule
@@ -59,6 +60,7 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
     spec: the frontend's frame arithmetic.
     """
     start_processes(config.engine)
+    config = replace(config, engine=resolved(config.engine))  # what was chosen is what is logged and saved
     folder.mkdir(parents=True, exist_ok=True)
     run = _build(config, folder, make, prepare, spec)
     try:
