@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 HELP = "Average the weights of checkpoints of one run into a model folder."
@@ -20,12 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Average and write."""
-    from harken.config.saved import CHECKPOINTS, average_weights, find_model, load_config, save_model
+    from harken.config.saved import CHECKPOINTS, average_weights, find_model, intact, load_config, save_model
     from harken.core.files import atomic_path
 
-    folders = [find_model(path) for path in args.models]
     if len(args.models) == 1 and (args.models[0] / CHECKPOINTS).is_dir():
-        folders = sorted((args.models[0] / CHECKPOINTS).glob("step-*"))[-args.last :]
+        newest = sorted((args.models[0] / CHECKPOINTS).glob("step-*"), reverse=True)
+        folders = list(islice(filter(intact, newest), args.last or None))[::-1]
+    else:
+        folders = [find_model(path) for path in args.models]
     weights = average_weights(folders)
     with atomic_path(args.out) as temporary:
         temporary.mkdir()
