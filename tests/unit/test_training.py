@@ -320,3 +320,101 @@ def test_a_damaged_checkpoint_is_not_averaged(train, tmp_path: Path, capsys) -> 
     out = capsys.readouterr().out
     assert "step-00000003 is damaged (model.safetensors is not as it was written): trying another one" in out
     assert "mean of 2 models: step-00000001, step-00000002" in out
+
+
+@pytest.fixture
+def other_labels(corpus, tmp_path: Path) -> Path:
+    """Labels of the same cuts by another clusterer of the same size."""
+    from functools import partial
+
+    from harken.config.schema import DataConfig
+    from harken.units.clusterer import fit_clusterer
+    from harken.units.features import Mfcc, make_features
+    from harken.units.kmeans import KMeansConfig
+    from harken.units.label import Job, label
+    from harken.units.store import LabelStore
+
+    clusterer, store = tmp_path / "other-clusterer", tmp_path / "other-labels"
+    old = LabelStore(corpus.labels)
+    config = KMeansConfig(clusters=old.card.clusters, seed=99)
+    data = DataConfig(train=str(corpus.train), workers=0)
+    fit_clusterer(clusterer, str(corpus.train), Mfcc(), data, config, max_frames=10_000, say=lambda _: None)
+    manifests = (str(corpus.train), str(corpus.valid))
+    label(Job(store, manifests, str(clusterer), partial(make_features, "mfcc"), 16000, 60.0), 1, lambda _: None)
+    new = LabelStore(store)
+    assert (new.ids, new.card.clusters, new.card.labels) == (old.ids, old.card.clusters, old.card.labels)
+    return store
+
+
+def test_a_run_does_not_go_on_with_labels_of_another_clusterer(
+    train, corpus, tmp_path: Path, other_labels: Path
+) -> None:
+    assert train("hubert")[0] == 0
+    status, _, error = train("hubert", f"data.labels=[{other_labels}]", steps=4)
+    assert status == 2
+    (line,) = error.splitlines()
+    assert line.startswith(
+        f"harken train: `data.labels[0]` is not what {tmp_path}/exp/checkpoints/step-00000002 was trained with: "
+        "that was 12 clusters "
+    )
+    assert line.endswith("give it the old one, or start another `--exp` from its weights with `train.init_from`")
+    moved = tmp_path / "moved"
+    moved.symlink_to(corpus.labels)
+    assert train("hubert", f"data.labels=[{moved}]", steps=4)[0] == 0, "where they are does not matter"
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(train, corpus, tmp_path: Path) -> None:
+    assert train("ctc")[0] == 0
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("".join(reversed(corpus.tokens.read_text().splitlines(keepends=True))))
+    status, _, error = train("ctc", f"objective.tokenizer={tokens}", steps=4)
+    assert status == 2
+    assert "harken train: `objective.tokenizer` is not what " in error
+    assert "was trained with: that was sha256 " in error
+    tokens.write_bytes(corpus.tokens.read_bytes())
+    assert train("ctc", f"objective.tokenizer={tokens}", steps=4)[0] == 0
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(0, 1), (0, 2), (2, 0), (2, 1)])
+def test_another_zero_stage_is_one_error(train, tmp_path: Path, saved: int, asked: int) -> None:
+    assert train("ctc", f"engine.zero_stage={saved}", steps=1)[0] == 0
+    status, _, error = train("ctc", f"engine.zero_stage={asked}", steps=2)
+    assert status == 2
+    assert error == (
+        f"harken train: {tmp_path}/exp/checkpoints/step-00000001/engine was saved by 1 process(es) with "
+        f"`engine.zero_stage` {saved}, and this run has 1 with {asked}: continue with what it was saved by, "
+        "or start another `--exp` from its weights with `train.init_from`\n"
+    )
+
+
+def test_a_step_that_fp16_overflows_is_skipped_aloud_and_seen(train, tmp_path: Path) -> None:
+    """The first loss is scaled by 65536: gradients this large overflow until the scale has been lowered."""
+    large = "objective.penalty_weight=10000.0"
+    settings = ("engine.precision=fp16", "train.ema_decay=0.9", "log.every_steps=1", large)
+    status, out, _ = train("hubert", *settings, steps=8)
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "exp/metrics.jsonl").read_text().splitlines()]
+    norms = [row["gradient_norm"] for row in rows]
+    skipped = [row["step"] for row in rows if not math.isfinite(row["gradient_norm"])]
+    assert 0 < len(skipped) < 8, norms
+    for step in skipped:
+        assert f"WARNING step {step} skipped: its gradient is not finite; every loss is finite" in out
+    assert state_of(tmp_path / "exp")["skipped_steps"] == len(skipped) == out.count("skipped: its gradient")
+    average = load_file(find_model(tmp_path / "exp") / "average.safetensors")
+    assert int(average["#updates"]) == 8 - len(skipped), "a skipped step is not averaged"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("engine.precision=fp16", "engine.zero_stage=1"), "`engine.precision: fp16` needs `engine.zero_stage: 0`"),
+        (
+            ("engine.zero_stage=1", "engine.deepspeed.zero_optimization.compute_grad_norm=false"),
+            "`engine.deepspeed.zero_optimization.compute_grad_norm` must be true, got false",
+        ),
+    ],
+)
+def test_settings_under_which_bad_steps_would_be_taken_are_refused(train, settings, words: str) -> None:
+    status, _, error = train("ctc", *settings)
+    assert status == 2
+    assert words in error

@@ -182,6 +182,8 @@ class DeepSpeedEngine:
 
     def _step_partitioned(self) -> bool:
         self._engine.step()  # DeepSpeed skips it when the norm is not finite
+        if self.config.zero_stage == 3:
+            self._forget_gradients()
         norm = self._engine.get_global_grad_norm()
         self.grad_norm = float(norm) if norm is not None else math.nan
         applied = bool(self._engine.was_step_applied())
@@ -192,6 +194,18 @@ class DeepSpeedEngine:
                 "the same command then continues from the last checkpoint"
             )
         return applied
+
+    def _forget_gradients(self) -> None:
+        """Zero the gradients that ZeRO 3 keeps.
+
+        It overwrites those of the parameters that a loss reaches, so others (a dropped layer's) would get this step's
+        gradient again in the next one, and a run would not go on from a checkpoint as it does without a stop.
+        """
+        optimizer = self._engine.optimizer
+        optimizer.grad_partitions_flat_buffer.zero_()
+        for flat in optimizer.fp32_partitioned_groups_flat:  # theirs with `engine.offload_optimizer`
+            if flat.grad is not None:
+                flat.grad.zero_()
 
     @property
     def _layout(self) -> dict[str, int]:
