@@ -6,10 +6,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
+
+from harken.apps.main import main
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -161,21 +165,29 @@ def test_two_processes_see_the_samples_of_one(runs: Path) -> None:
 
 @pytest.fixture
 def start_training():
-    """Start `harken train`; what still runs at the end of the test is killed."""
+    """Start `harken train`, under torchrun for several processes; what still runs at the end of the test is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(config: Path, exp: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "harken.apps.main", "train", str(config), "--exp", str(exp)]
+    def start(config: Path, exp: Path, processes: int = 1) -> subprocess.Popen[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launcher = torchrun if processes > 1 else []
+        command = [sys.executable, *launcher, "-m", "harken.apps.main", "train", str(config), "--exp", str(exp)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         started.append(process)
         return process
 
     yield start
     for process in started:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -196,8 +208,11 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) ->
 
 
 def kill(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """SIGKILL a run and return the processes it had started."""
+    """SIGKILL a run, a launcher's ranks too, and return the processes it had started."""
     children = psutil.Process(process.pid).children(recursive=True)
+    for rank in children:  # a launcher's ranks; a run's own workers must end by themselves
+        if "--exp" in rank.cmdline() and "torch.distributed.run" in process.args:
+            rank.kill()
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
     return children
@@ -253,3 +268,61 @@ def test_killed_at_any_moment_it_continues_as_if_nothing_had_been(
     assert_equal_runs(tmp_path / "whole", exp, steps)
     _, alive = psutil.wait_procs(orphans, timeout=60)
     assert alive == [], "the loader's workers outlived their run"
+
+
+def test_torchrun_killed_goes_on_and_lets_no_other_run_into_its_folder(
+    corpus, run_python, start_training, tmp_path: Path, capsys
+) -> None:
+    """Two processes under torchrun that read without workers: killed, continued, and the same as never killed."""
+    steps, exp = 8, tmp_path / "exp"
+    config = write_config(
+        corpus,
+        tmp_path / "ctc.yaml",
+        "ctc",
+        "filterbank",
+        data={"workers": 0},
+        engine={"zero_stage": 1},
+        train={"steps": steps, "valid_every_steps": 1000},
+        checkpoint={"every_steps": 1, "keep_last": 3},
+    )
+    process = start_training(config, exp, processes=2)
+    wait_until(process, lambda: steps_logged(exp) >= 2)
+    refused(config, exp, process, capsys)
+    for child in kill(process):
+        with suppress(psutil.NoSuchProcess):
+            child.wait(60)
+    before = steps_logged(exp)
+    assert before < steps, "it was killed under way"
+
+    process = start_training(config, exp, processes=2)
+    wait_until(process, lambda: steps_logged(exp) > before)
+    refused(config, exp, process, capsys)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert f"continuing from {exp}/checkpoints/step-" in output
+    assert f"finished {steps} steps" in output
+    assert output.count("continuing from") == 1, "the main process alone speaks"
+
+    entries = [{"processes": 2, "jobs": [(config, tmp_path / "whole", 0)]}]
+    run_python(WORKER, write_plan(tmp_path / "plan.json", entries))
+    assert_equal_runs(tmp_path / "whole", exp, steps)
+
+    assert main(["train", str(config), "--exp", str(exp), f"train.steps={steps + 1}"]) == 2
+    assert capsys.readouterr().err == (
+        f"harken train: {exp}/checkpoints/step-{steps:08d}/engine was saved by 2 process(es) "
+        "with `engine.zero_stage` 1, and this run has 1 with 1: continue with what it was saved by, "
+        "or start another `--exp` from its weights with `train.init_from`\n"
+    )
+
+
+def refused(config: Path, exp: Path, process: subprocess.Popen[str], capsys) -> None:
+    """A second run in the folder of a running one ends before it touches anything, naming the process that is there."""
+    before = steps_logged(exp)
+    assert main(["train", str(config), "--exp", str(exp)]) == 2
+    error = capsys.readouterr().err
+    assert process.poll() is None, "the first run goes on"
+    ranks = [rank.pid for rank in psutil.Process(process.pid).children() if "--exp" in rank.cmdline()]
+    expected = f"harken train: {exp} is being trained by process {{}} on {socket.gethostname()}: stop that run or wait"
+    assert any(error.startswith(expected.format(rank)) for rank in ranks), (error, ranks)
+    assert len(error.splitlines()) == 1
+    assert steps_logged(exp) >= before

@@ -12,7 +12,9 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import deepspeed  # noqa: F401  imported before the processes are forked
 import torch._dynamo  # noqa: F401  so is this, which torch's optimisers import
@@ -47,8 +49,8 @@ def train(path: str, folder: str, stop: int) -> None:
     assert ending == ("stopped" if stop else "finished"), ending
 
 
-def run_group(processes: int, jobs: list[tuple[str, str, int]]) -> None:
-    """Run jobs in forked processes that find the variables torchrun sets; raise when one of them fails."""
+def run_group(processes: int, jobs: list[Sequence[Any]], work: Callable[..., None] = train) -> None:
+    """Run jobs, `work(*job)` each, in forked processes with the variables torchrun sets; raise when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +69,7 @@ def run_group(processes: int, jobs: list[tuple[str, str, int]]) -> None:
             if processes > 1:
                 os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1")
             for job in jobs:
-                train(*job)
+                work(*job)
             sys.exit(0)
         children.append(child)
     statuses = [os.waitpid(child, 0)[1] for child in children]

@@ -5,36 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harken.apps.main import main
-from harken.train.checkpoint import Checkpoints, damaged
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """Training takes SIGTERM and SIGINT for itself; give them back to pytest."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def train(corpus, tmp_path: Path, capsys):
-    """Run `harken train` on the tiny corpus with changed settings; return its status, output and error."""
-
-    def run(objective: str, *overrides: str, steps: int = 2) -> tuple[int, str, str]:
-        config = corpus.yaml(tmp_path, objective, "filterbank")
-        status = main(["train", str(config), "--exp", str(tmp_path / "exp"), f"train.steps={steps}", *overrides])
-        out, error = capsys.readouterr()
-        return status, out, error
-
-    return run
+from harken.config.saved import damaged
+from harken.train.checkpoint import Checkpoints
 
 
 def state_of(exp: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 HELP = "Average the weights of checkpoints of one run into a model folder."
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Average and write."""
-    from harken.config.saved import CHECKPOINTS, WEIGHTS, average_weights, find_model, load_config, save_model
+    from harken.config.saved import CHECKPOINTS, WEIGHTS, average_weights, find_model, intact, load_config, save_model
     from harken.core.errors import HarkenError
     from harken.core.files import atomic_folder, check_replaceable, sha256_file, write_json_atomic
 
@@ -36,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     check_replaceable(args.out, kind="averaged model", files=files)
     folders = [find_model(path) for path in args.models]
     if len(args.models) == 1 and (args.models[0] / CHECKPOINTS).is_dir():
-        folders = sorted((args.models[0] / CHECKPOINTS).glob("step-*"))[-args.last :]
+        newest = sorted((args.models[0] / CHECKPOINTS).glob("step-*"), reverse=True)
+        folders = list(islice(filter(intact, newest), args.last or None))[::-1]
     elif args.last:
         raise HarkenError("`--last` takes checkpoints of one experiment: name a single folder with checkpoints in it")
     weights = average_weights(folders)

@@ -12,33 +12,85 @@ from torch import Tensor, nn
 
 from harken.config.load import from_dict, read_yaml, to_yaml
 from harken.config.schema import RunConfig
+from harken.core import distributed
 from harken.core.errors import HarkenError
-from harken.core.files import write_text_atomic
+from harken.core.files import sha256_file, write_text_atomic
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "model.safetensors"
+AVERAGE = "average.safetensors"
+CHECKSUMS = "checksums.json"
+USED = (WEIGHTS, AVERAGE, "config.yaml")
+"""What using a model reads of a checkpoint; the optimiser's shards are several times as large."""
 
 
 def find_model(path: str | Path) -> Path:
     """Return the folder that holds weights: `path` itself, or the best (else the newest) checkpoint of an experiment.
 
-    Raises HarkenError when there is none.
+    A damaged checkpoint of an experiment is named and the next one is taken.
+    Raises HarkenError when there is none, and when a damaged one was asked for by its own name.
     """
     path = Path(path)
     if (path / WEIGHTS).is_file():
+        _check(path)
         return path
-    ranking = path / CHECKPOINTS / "best.json"
+    root = path / CHECKPOINTS
+    ranking = root / "best.json"
     try:
         best: list[str] = [entry["folder"] for entry in json.loads(ranking.read_text())] if ranking.is_file() else []
     except (ValueError, KeyError, TypeError) as error:
         raise HarkenError(
             f"{ranking} is no list of checkpoints ({error!r}): remove it, or name a checkpoint's folder"
         ) from error
-    newest = sorted((folder.name for folder in (path / CHECKPOINTS).glob("step-*")), reverse=True)
-    for name in [*best, *newest]:
-        if (path / CHECKPOINTS / name / WEIGHTS).is_file():
-            return path / CHECKPOINTS / name
-    raise HarkenError(f"no model at {path}: expected `{WEIGHTS}` in it, or checkpoints of a run in `{CHECKPOINTS}/`")
+    newest = sorted((folder.name for folder in root.glob("step-*")), reverse=True)
+    there = [root / name for name in dict.fromkeys([*best, *newest]) if (root / name).is_dir()]
+    if not there:
+        raise HarkenError(
+            f"no model at {path}: expected `{WEIGHTS}` in it, or checkpoints of a run in `{CHECKPOINTS}/`"
+        )
+    for folder in there:
+        if intact(folder):
+            return folder
+    raise HarkenError(f"every checkpoint in {root} is damaged: restore a copy, or train again")
+
+
+def intact(folder: Path) -> bool:
+    """Whether what using a checkpoint reads is as it was written; damage is said aloud by the main process."""
+    damage = damaged(folder, USED)
+    if damage is not None and distributed.is_main():
+        print(f"WARNING checkpoint {folder} is damaged ({damage}): trying another one", flush=True)
+    return damage is None
+
+
+def _check(folder: Path) -> None:
+    """Raise HarkenError for a damaged checkpoint; a model that no run saved has no checksums."""
+    of_a_run = (folder / CHECKSUMS).is_file() or (folder / "state.json").is_file()
+    damage = damaged(folder, USED) if of_a_run else None
+    if damage is not None:
+        raise HarkenError(f"checkpoint {folder} is damaged ({damage}): restore a copy, or name another one")
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder but `checksums.json`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
+
+
+def damaged(folder: Path, names: Sequence[str] | None = None) -> str | None:
+    """Return what is wrong with a checkpoint, None when every file (of `names`) is as it was written."""
+    try:
+        expected: dict[str, str] = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable {CHECKSUMS}: {error}"
+    for name, digest in expected.items():
+        if names is not None and name not in names:
+            continue
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256_file(path) != digest:
+            return f"{name} is not as it was written"
+    return None
 
 
 def save_model(folder: Path, config: RunConfig, weights: Mapping[str, Tensor]) -> None:
@@ -56,14 +108,22 @@ def load_config(folder: Path) -> RunConfig:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a saved model onto the CPU.
+    """Read the weights of a saved model onto the CPU, those to use it with: averaged where the run kept an average.
 
     Raises HarkenError for a missing or damaged file.
     """
+    weights = _read(folder / WEIGHTS)
+    if not (folder / AVERAGE).is_file():
+        return weights
+    # only parameters are averaged: buffers are the model's own
+    return weights | {name: value for name, value in _read(folder / AVERAGE).items() if name in weights}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / WEIGHTS)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise HarkenError(f"cannot read the weights {folder / WEIGHTS}: {error}") from error
+        raise HarkenError(f"cannot read the weights {path}: {error}") from error
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:

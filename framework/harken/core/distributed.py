@@ -28,7 +28,7 @@ def is_main() -> bool:
 
 
 def environment_world_size() -> int:
-    """Number of processes the launcher (torchrun, deepspeed, srun) announced; 1 without a launcher."""
+    """Number of processes the launcher (torchrun, deepspeed) announced; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -20,10 +21,12 @@ from harken.config.schema import EngineConfig, TrainConfig
 from harken.core import distributed
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
+from harken.core.files import write_json_atomic
 from harken.core.loss import Loss
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 TAG = "engine"
+LAYOUT = "layout.json"
 
 
 def start_processes(config: EngineConfig) -> torch.device:
@@ -68,7 +71,15 @@ def _quiet() -> None:
 
 
 def deepspeed_config(config: EngineConfig, train: TrainConfig) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; `engine.deepspeed` is merged over it."""
+    """Return DeepSpeed's configuration; `engine.deepspeed` is merged over it.
+
+    Raises HarkenError for settings under which steps cannot be trusted.
+    """
+    if config.precision == "fp16" and config.zero_stage:  # of autocast alone: its ZeRO scales no loss
+        raise HarkenError(
+            "`engine.precision: fp16` needs `engine.zero_stage: 0`, as DeepSpeed does not scale its loss under ZeRO, "
+            f"got {config.zero_stage}: use stage 0 or `bf16`"
+        )
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
         zero.update(
@@ -87,7 +98,8 @@ def deepspeed_config(config: EngineConfig, train: TrainConfig) -> dict[str, Any]
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
-        "gradient_clipping": train.clip_norm if _clips_itself(config) else 0.0,
+        # without ZeRO every rank has whole gradients, and harken clips; their partitions' norm only DeepSpeed knows
+        "gradient_clipping": train.clip_norm if config.zero_stage else 0.0,
     }
     if config.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
@@ -95,12 +107,12 @@ def deepspeed_config(config: EngineConfig, train: TrainConfig) -> dict[str, Any]
     merged = OmegaConf.to_container(OmegaConf.merge(own, config.deepspeed))
     if not isinstance(merged, dict):
         raise HarkenError("`engine.deepspeed` must be a group of DeepSpeed's keys")
+    if merged["zero_optimization"].get("compute_grad_norm") is False:
+        raise HarkenError(
+            "`engine.deepspeed.zero_optimization.compute_grad_norm` must be true, got false: "
+            "without the norm a gradient that is not finite would be applied"
+        )
     return {str(key): value for key, value in merged.items()}
-
-
-def _clips_itself(config: EngineConfig) -> bool:
-    """Whether DeepSpeed clips: where it partitions or scales gradients, their whole norm is only known to it."""
-    return config.zero_stage > 0 or config.precision == "fp16"
 
 
 class DeepSpeedEngine:
@@ -148,29 +160,70 @@ class DeepSpeedEngine:
                 parameter.grad = torch.zeros_like(parameter)
 
     def step(self) -> bool:
-        """Clip and take an optimiser step; return False when nothing changed for a gradient that was not finite."""
-        if not _clips_itself(self.config):
-            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-            limit = self.clip_norm or math.inf
-            self.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-            if not math.isfinite(self.grad_norm):
-                self._engine.zero_grad()
-                return False
+        """Clip and take an optimiser step; return False when nothing changed for a gradient that was not finite.
+
+        The ranks agree: they hold the same reduced gradient, or under ZeRO the same norm of all partitions.
+        """
+        return self._step_partitioned() if self.config.zero_stage else self._step_whole()
+
+    def _step_whole(self) -> bool:
+        scaler = self._engine.torch_autocast_z0_gradscaler  # with fp16 alone
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf))
+        if not math.isfinite(self.grad_norm):
+            if scaler is not None:
+                scaler.update()  # it saw the overflow: the next loss is scaled by less
+            self._engine.zero_grad()
+            return False
         self._engine.step()
-        if _clips_itself(self.config):
-            norm = self._engine.get_global_grad_norm()
-            self.grad_norm = float(norm) if norm is not None else math.nan
-        return bool(self._engine.was_step_applied())
+        return True
+
+    def _step_partitioned(self) -> bool:
+        self._engine.step()  # DeepSpeed skips it when the norm is not finite
+        if self.config.zero_stage == 3:
+            self._forget_gradients()
+        norm = self._engine.get_global_grad_norm()
+        self.grad_norm = float(norm) if norm is not None else math.nan
+        applied = bool(self._engine.was_step_applied())
+        if applied and not math.isfinite(self.grad_norm):
+            raise HarkenError(
+                f"this DeepSpeed took a step with a gradient of norm {self.grad_norm}, so the weights are lost: "
+                "install the version in constraints.txt, or take `engine.deepspeed` back to what skips such steps; "
+                "the same command then continues from the last checkpoint"
+            )
+        return applied
+
+    def _forget_gradients(self) -> None:
+        """Zero the gradients that ZeRO 3 keeps.
+
+        It overwrites those of the parameters that a loss reaches, so others (a dropped layer's) would get this step's
+        gradient again in the next one, and a run would not go on from a checkpoint as it does without a stop.
+        """
+        optimizer = self._engine.optimizer
+        optimizer.grad_partitions_flat_buffer.zero_()
+        for flat in optimizer.fp32_partitioned_groups_flat:  # theirs with `engine.offload_optimizer`
+            if flat.grad is not None:
+                flat.grad.zero_()
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        """What decides how DeepSpeed divides its shards."""
+        return {"processes": distributed.world_size(), "zero_stage": self.config.zero_stage}
 
     def save(self, folder: Path) -> None:
-        """Write DeepSpeed's shards into the folder."""
+        """Write DeepSpeed's shards into the folder, and how they are divided."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if distributed.is_main():
+            write_json_atomic(folder / LAYOUT, self._layout)
 
     def load(self, folder: Path) -> None:
         """Read DeepSpeed's shards.
 
-        Raises HarkenError when they were saved by another number of processes or ZeRO stage, or hold another model.
+        Raises HarkenError when they are divided otherwise than this engine's, or hold another model.
         """
+        self._check_layout(folder)
         try:
             path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         except RuntimeError as error:
@@ -178,9 +231,20 @@ class DeepSpeedEngine:
                 raise
             raise HarkenError(f"{folder} holds another model: {' '.join(str(error).split())[:300]} ...") from error
         if path is None:
+            raise HarkenError(f"{folder} holds no shards that DeepSpeed can load: use another checkpoint")
+
+    def _check_layout(self, folder: Path) -> None:
+        """Refuse shards that DeepSpeed would fail on; without ZeRO there is one shard for any number of processes."""
+        path = folder / LAYOUT
+        if not path.is_file():  # saved before layouts were recorded
+            return
+        saved, own = json.loads(path.read_text()), self._layout
+        whole = saved["zero_stage"] == own["zero_stage"] == 0
+        if saved != own and not whole:
             raise HarkenError(
-                f"DeepSpeed could not load {folder}: "
-                "it was saved with another number of processes or another `engine.zero_stage`"
+                f"{folder} was saved by {saved['processes']} process(es) with `engine.zero_stage` "
+                f"{saved['zero_stage']}, and this run has {own['processes']} with {own['zero_stage']}: "
+                "continue with what it was saved by, or start another `--exp` from its weights with `train.init_from`"
             )
 
     def weights(self) -> dict[str, Tensor]:

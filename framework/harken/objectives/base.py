@@ -35,6 +35,14 @@ class Objective(nn.Module):
         """Return the objective's `Prepare`; with `train` False, nothing random but what the loss itself needs."""
         raise NotImplementedError
 
+    @staticmethod
+    def fingerprint(config: RunConfig) -> dict[str, str]:
+        """Return what the targets are made of, by configuration key: a run does not go on with another.
+
+        Files alone that give class ids their meaning, such as label stores and tokenizers; none by default.
+        """
+        return {}
+
     def forward(self, batch: Batch) -> Loss:
         """Return the loss summed over the batch's targets."""
         raise NotImplementedError

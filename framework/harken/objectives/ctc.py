@@ -17,6 +17,7 @@ from harken.config.schema import RunConfig
 from harken.core.batch import Batch, Note
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
+from harken.core.files import sha256_file
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
 from harken.data.masking import SpanMask
@@ -191,6 +192,12 @@ class Ctc(Objective):
         dim = getattr(config.encoder, "dim", 0)
         bands = getattr(config.frontend, "bands", None)
         return CtcPrepare(spec, cast(CtcConfig, config.objective), dim, bands, train)
+
+    @staticmethod
+    def fingerprint(config: RunConfig) -> dict[str, str]:
+        """Return the hash of the tokenizer's file."""
+        own = cast(CtcConfig, config.objective)
+        return {"objective.tokenizer": f"sha256 {sha256_file(own.tokenizer)[:16]}"}
 
     def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return log probabilities `(B, T * head_upsampling, V)` in float32 and their lengths `(B,)`.

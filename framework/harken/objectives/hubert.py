@@ -22,6 +22,7 @@ from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
 from harken.objectives.base import Objective
 from harken.units.alignment import UnitReader
+from harken.units.store import LabelStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,15 @@ class Hubert(Objective):
             raise HarkenError("`data.labels` must name a unit store for each codebook; `harken units label` makes one")
         mask = SpanMask(probability=own.mask_probability, length=own.mask_length)
         return HubertPrepare(spec, mask, UnitReader(config.data.labels, spec, own.classes), own.unmasked_weight)
+
+    @staticmethod
+    def fingerprint(config: RunConfig) -> dict[str, str]:
+        """Return the clusterer and features of each codebook; a store of more cuts by the same ones is as good."""
+        cards = [LabelStore(folder).card for folder in config.data.labels]
+        return {
+            f"data.labels[{index}]": f"{card.clusters} clusters {card.clusterer[:16]} of {card.features}"
+            for index, card in enumerate(cards)
+        }
 
     def forward(self, batch: Batch) -> Loss:
         """Return the cross entropy summed over masked frames and codebooks, plus the features penalty."""

@@ -14,21 +14,23 @@ checkpoints/best.json    the best checkpoints, best first
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from harken import __version__
-from harken.config.saved import CHECKPOINTS, save_model
+from harken.config.saved import AVERAGE, CHECKPOINTS, CHECKSUMS, checksums, damaged, save_model
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.errors import HarkenError
-from harken.core.files import remove, sha256_file, sync, write_json_atomic
+from harken.core.files import remove, sync, write_json_atomic
 from harken.engine.base import Engine
 from harken.optim.ema import WeightAverage
 from harken.train.log import say
@@ -80,10 +82,10 @@ class Checkpoints:
         if distributed.is_main():
             save_model(temporary, self.config, weights)
             if average is not None:
-                save_file(average.state_dict(), temporary / "average.safetensors")
+                save_file(average.state_dict(), temporary / AVERAGE)
             write_json_atomic(temporary / "state.json", state.to_dict())
             write_json_atomic(temporary / "versions.json", versions())
-            write_json_atomic(temporary / "checksums.json", checksums(temporary))
+            write_json_atomic(temporary / CHECKSUMS, checksums(temporary))
             sync(temporary)
             if target.is_dir() and strangers(target):  # a damaged one into which the user put something
                 target.replace(self.root / f"kept-{name}-{time.time_ns()}")
@@ -96,21 +98,21 @@ class Checkpoints:
 
     def _rank(self, name: str, score: float | None) -> None:
         entries = [entry for entry in self._best() if entry["folder"] != name]
-        if score is not None:
+        if score is not None and math.isfinite(score):  # NaN has no place in an order, and nothing wrong is best
             entries.append({"folder": name, "score": score, "metric": self.config.checkpoint.metric})
         entries.sort(key=lambda entry: entry["score"], reverse=self.config.checkpoint.higher_is_better)
         write_json_atomic(self.root / "best.json", entries[: max(1, self.config.checkpoint.keep_best)])
 
-    def _best(self) -> list[dict[str, str | float]]:
+    def _best(self) -> list[dict[str, Any]]:
         path = self.root / "best.json"
         if not path.is_file():
             return []
-        entries: list[dict[str, str | float]] = json.loads(path.read_text())
-        return [entry for entry in entries if (self.root / str(entry["folder"])).is_dir()]
+        entries: list[dict[str, Any]] = json.loads(path.read_text())
+        return [entry for entry in entries if (self.root / entry["folder"]).is_dir()]
 
     def _prune(self) -> None:
         keep = self.config.checkpoint
-        kept = set(self.names()[-keep.keep_last :]) | {str(entry["folder"]) for entry in self._best()[: keep.keep_best]}
+        kept = set(self.names()[-keep.keep_last :]) | {entry["folder"] for entry in self._best()[: keep.keep_best]}
         for name in self.names():
             if name not in kept:
                 strange = strangers(self.root / name)
@@ -139,38 +141,20 @@ class Checkpoints:
             )
         return self.root / found if found else None
 
-    def load(self, path: Path, engine: Engine, average: WeightAverage | None) -> TrainState:
-        """Continue from a checkpoint; every rank calls it."""
-        engine.load(path / "engine")
-        if average is not None and (path / "average.safetensors").is_file():
-            average.load_state_dict(load_file(path / "average.safetensors"))
+    def state(self, path: Path) -> TrainState:
+        """Return the counters of a checkpoint."""
         return TrainState.from_dict(json.loads((path / "state.json").read_text()))
+
+    def load(self, path: Path, engine: Engine, average: WeightAverage | None) -> None:
+        """Load weights, optimiser and average of a checkpoint; every rank calls it."""
+        engine.load(path / "engine")
+        if average is not None and (path / AVERAGE).is_file():
+            average.load_state_dict(load_file(path / AVERAGE))
 
 
 def strangers(folder: Path) -> list[str]:
     """Return what a checkpoint's folder holds that harken did not write: nothing that the user put there is removed."""
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in CONTENTS)
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below a folder but `checksums.json`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json")
-    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
-
-
-def damaged(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None when every file is as it was written."""
-    try:
-        expected = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"no readable checksums.json: {error}"
-    for name, digest in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if sha256_file(path) != digest:
-            return f"{name} is not as it was written"
-    return None
 
 
 def sync_folder(folder: Path) -> None:

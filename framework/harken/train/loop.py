@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from harken.config.schema import RunConfig
 from harken.core import distributed, draws
@@ -115,10 +118,12 @@ def _step(run: Run, batches: list[Batch]) -> bool:
     # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter
     targets = distributed.sum_over_ranks([sum(batch.num_targets for batch in batches)])[0]
     set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
+    losses = []
     for place, batch in enumerate(batches):
         draws.begin_micro_batch(config.seed, state.step, batch.micro_batch)
         loss = run.engine(batch)
         run.engine.backward(loss.total / max(targets, 1.0), last=place == len(batches) - 1)
+        losses.append(loss.total.detach())
         run.meter.add(loss.metrics)
         run.speed.add(batch, run.flops(batch))
         run.log.samples(state.step + 1, batch)
@@ -129,12 +134,18 @@ def _step(run: Run, batches: list[Batch]) -> bool:
         run.after_step(state.step + 1)
     else:
         state.skipped_steps += 1
-        ids = [cut for batch in batches for cut in batch.ids]
-        say(
-            f"WARNING step {state.step + 1} skipped: its gradient is not finite; "
-            f"cuts of this rank: {', '.join(ids[:20])}"
-        )
+        _name_skipped(state.step + 1, batches, losses)
     return applied
+
+
+def _name_skipped(step: int, batches: list[Batch], losses: list[Tensor]) -> None:
+    """Say that a step was skipped, and which cuts of all ranks had a loss that is not finite."""
+    finite_losses = [math.isfinite(float(loss)) for loss in losses]
+    ids = distributed.gather(
+        [cut for batch, finite in zip(batches, finite_losses, strict=True) if not finite for cut in batch.ids]
+    )
+    cuts = f"cuts of micro-batches with such a loss: {', '.join(ids[:20])}" if ids else "every loss is finite"
+    say(f"WARNING step {step} skipped: its gradient is not finite; {cuts}")
 
 
 def _advance(run: Run, batches: list[Batch], position: Position) -> None:
@@ -198,9 +209,16 @@ def _validate(run: Run) -> tuple[float, bool]:
     run.log.line("valid", run.state.step, figures)
     metric, state, keep = run.config.checkpoint.metric, run.state, run.config.checkpoint
     score = figures[metric]
-    better = state.best_score is None or (
-        score > state.best_score if keep.higher_is_better else score < state.best_score
+    if not math.isfinite(score):
+        say(f"WARNING `{metric}` of the validation at step {state.step} is {score}: it is not counted as a best one")
+    better = math.isfinite(score) and (
+        state.best_score is None or (score > state.best_score if keep.higher_is_better else score < state.best_score)
     )
     state.best_score = score if better else state.best_score
     state.validations_without_best = 0 if better else state.validations_without_best + 1
-    return score, bool(run.config.train.patience and state.validations_without_best >= run.config.train.patience)
+    return score, out_of_patience(run)
+
+
+def out_of_patience(run: Run) -> bool:
+    """Whether the last `train.patience` validations were no better than the best: the run ends, or has ended."""
+    return bool(run.config.train.patience and run.state.validations_without_best >= run.config.train.patience)

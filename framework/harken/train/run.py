@@ -27,8 +27,9 @@ from harken.optim.ema import WeightAverage
 from harken.optim.groups import parameter_groups
 from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
+from harken.train.lock import only_run
 from harken.train.log import RunLog, say
-from harken.train.loop import Run, rehearse, train
+from harken.train.loop import Run, out_of_patience, rehearse, train
 from harken.train.speed import Speedometer, peak_tflops
 from harken.train.state import TrainState
 
@@ -48,6 +49,10 @@ class Trainable(Protocol):
         """Update what the optimiser does not."""
         ...
 
+    def fingerprint(self, config: RunConfig) -> dict[str, str]:
+        """Return what the targets are made of."""
+        ...
+
 
 MakeObjective = Callable[[RunConfig], nn.Module]
 MakePrepare = Callable[[bool], Prepare]
@@ -62,11 +67,22 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
     start_processes(config.engine)
     config = replace(config, engine=resolved(config.engine))  # what was chosen is what is logged and saved
     folder.mkdir(parents=True, exist_ok=True)
-    run = _build(config, folder, make, prepare, spec)
+    with only_run(folder):
+        return _run(_build(config, folder, make, prepare, spec))
+
+
+def _run(run: Run) -> str:
+    config, folder = run.config, run.folder
     try:
         if run.state.step >= config.train.steps:
             say(f"{folder} has already taken its {config.train.steps} steps: nothing to do")
             return "finished"
+        if out_of_patience(run):
+            say(
+                f"{folder} stopped early at step {run.state.step}: nothing to do; "
+                f"`train.patience` above {run.state.validations_without_best}, or 0, goes on"
+            )
+            return "early stop"
         rehearse(run)
         return train(run)
     finally:
@@ -97,7 +113,7 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
     engine = DeepSpeedEngine(model, make_optimizer, config.engine, config.train)
     average = _average(config, engine.model)
     checkpoints = Checkpoints(folder, config)
-    state = _resume(checkpoints, engine, average)
+    state = _resume(checkpoints, engine, average, part.fingerprint(config))
     if distributed.is_main():
         write_text_atomic(folder / "config.yaml", to_yaml(config))
     dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
@@ -139,19 +155,34 @@ def _average(config: RunConfig, model: nn.Module) -> WeightAverage | None:
     return WeightAverage(model, config.train.ema_decay)
 
 
-def _resume(checkpoints: Checkpoints, engine: DeepSpeedEngine, average: WeightAverage | None) -> TrainState:
+def _resume(
+    checkpoints: Checkpoints, engine: DeepSpeedEngine, average: WeightAverage | None, fingerprint: dict[str, str]
+) -> TrainState:
     newest = checkpoints.newest()
     if newest is None:
-        return TrainState(position=Position())
+        return TrainState(position=Position(), fingerprint=fingerprint)
     changed = config_changes(load_config(newest), checkpoints.config)
     if changed:
         say(f"WARNING the configuration differs from that of {newest}:\n  " + "\n  ".join(changed))
-    state = checkpoints.load(newest, engine, average)
+    state = checkpoints.state(newest)
+    _check_fingerprint(newest, state.fingerprint, fingerprint)
+    state.fingerprint = fingerprint
+    checkpoints.load(newest, engine, average)
     say(
         f"continuing from {newest}: step {state.step}, epoch {state.position.epoch}, "
         f"{state.seconds / 3600:.2f} h of audio seen"
     )
     return state
+
+
+def _check_fingerprint(checkpoint: Path, saved: dict[str, str], found: dict[str, str]) -> None:
+    """Raise HarkenError when the model would be trained towards other targets under the same class ids."""
+    for name in saved.keys() & found.keys():
+        if saved[name] != found[name]:
+            raise HarkenError(
+                f"`{name}` is not what {checkpoint} was trained with: that was {saved[name]}, this is {found[name]}; "
+                "give it the old one, or start another `--exp` from its weights with `train.init_from`"
+            )
 
 
 def config_changes(old: RunConfig, new: RunConfig) -> list[str]:

@@ -13,7 +13,9 @@ class TrainState:
     """Counters of a run.
 
     step: optimiser steps taken (skipped ones too). position: of the data plan. seconds: audio seen over all ranks.
-    replaced, left_out: cut ids with reasons. best: validation scores of kept checkpoints, best first.
+    wall_seconds: time spent training. skipped_steps: those whose gradient was not finite. cuts_read: over all ranks
+    and epochs. noted: {kind: {cut id: reason}} of cuts that were replaced or left out. best_score: the best
+    finite validation score so far. validations_without_best: since then. fingerprint: what the targets are made of.
     There is no random state in it: every draw is a function of the seed and the position.
     """
 
@@ -26,6 +28,7 @@ class TrainState:
     noted: dict[str, dict[str, str]] = field(default_factory=dict)
     best_score: float | None = None
     validations_without_best: int = 0
+    fingerprint: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""

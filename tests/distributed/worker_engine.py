@@ -1,0 +1,77 @@
+"""Takes steps one of which has a gradient that is not finite, saves, and goes on in new processes.
+
+usage: worker_engine.py PLAN.json, a list of {"processes": N, "jobs": [[CONFIG, EXP, OUT, STEPS, POISONED], ...]}: each
+job takes steps up to STEPS from where EXP is; in step POISONED (0: none) the loss of the last rank is NaN. It saves
+after the step before the last. Each rank writes OUT.rankN.json: of each step whether it was applied, the norm, and a
+hash of the weights after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from worker_train import run_group
+
+from harken.config.load import load
+from harken.config.registry import build
+from harken.config.schema import RunConfig
+from harken.core import distributed
+from harken.core.batch import Batch
+from harken.core.loss import Loss
+from harken.engine.deepspeed import DeepSpeedEngine, start_processes
+from harken.objectives.base import Objective
+from harken.objectives.saved import build_objective, build_prepare
+from harken.train.loop import _advance, _step
+from harken.train.run import _build
+
+
+def digest(engine: DeepSpeedEngine) -> str:
+    weights = engine.weights()
+    return hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
+
+
+def work(path: str, exp: str, out: str, steps: int, poisoned: int) -> None:
+    config = load([path]).config
+    start_processes(config.engine)
+    poison = [False]
+
+    def make(config: RunConfig) -> Objective:
+        objective = build_objective(config)
+        forward = objective.forward
+
+        def perhaps_poisoned(batch: Batch) -> Loss:
+            loss = forward(batch)
+            return replace(loss, total=loss.total * math.nan) if poison[0] else loss
+
+        objective.forward = perhaps_poisoned  # type: ignore[method-assign]
+        return objective
+
+    spec = build("frontend", config.frontend).spec
+    Path(exp).mkdir(exist_ok=True)
+    run = _build(config, Path(exp), make, lambda train: build_prepare(config, spec, train=train), spec)
+    rows = [{"step": run.state.step, "weights": digest(run.engine)}]
+    for batches, position in run.loader.steps(run.state.position):
+        step = run.state.step + 1
+        poison[0] = step == poisoned and distributed.rank() == distributed.world_size() - 1
+        applied = _step(run, batches)
+        _advance(run, batches, position)
+        norm = run.engine.grad_norm
+        rows.append({"step": step, "applied": applied, "finite": math.isfinite(norm), "weights": digest(run.engine)})
+        if step == steps - 1:
+            run.checkpoints.save(run.engine, run.state, run.average)
+        if step == steps:
+            break
+    run.log.close()
+    Path(f"{out}.rank{distributed.rank()}.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        run_group(entry["processes"], entry["jobs"], work)

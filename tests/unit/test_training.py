@@ -1,0 +1,420 @@
+"""What a run keeps, when it ends, what it logs, what it starts from: checkpoints, patience, figures, rates."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harken.apps.main import main
+from harken.config.saved import find_model, load_weights
+from harken.core.batch import Batch
+from harken.core.errors import HarkenError
+from harken.train import loop, speed
+from harken.train.speed import Speedometer
+
+
+def folders(exp: Path) -> list[str]:
+    return sorted(path.name for path in (exp / "checkpoints").glob("step-*"))
+
+
+def state_of(exp: Path) -> dict[str, Any]:
+    return json.loads((max((exp / "checkpoints").glob("step-*")) / "state.json").read_text())
+
+
+def best_of(exp: Path) -> list[tuple[str, float]]:
+    entries = json.loads((exp / "checkpoints/best.json").read_text())
+    return [(entry["folder"], entry["score"]) for entry in entries]
+
+
+def validated(corpus, *more: str) -> tuple[str, ...]:
+    return (f"data.valid={corpus.valid}", "train.valid_every_steps=1", *more)
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Make each validation of the next run give one of these; the first batch is validated before the first step."""
+
+    def give(*values: float) -> None:
+        remaining = iter([1.0, *values])
+        monkeypatch.setattr(loop, "validate", lambda engine, batches: {"loss": next(remaining)})
+
+    return give
+
+
+def test_a_run_out_of_patience_stops_and_stays_stopped(train, corpus, tmp_path: Path) -> None:
+    # a learning rate of zero: no validation is better than the first
+    settings = validated(corpus, "schedule.rate=0.0", "train.patience=2")
+    status, out, _ = train("hubert", *settings, steps=8)
+    assert status == 0
+    assert "no better `loss` in 2 validations: stopping at step 3" in out
+    before = folders(tmp_path / "exp")
+    status, out, _ = train("hubert", *settings, steps=8)
+    assert status == 0
+    assert f"{tmp_path}/exp stopped early at step 3: nothing to do; `train.patience` above 2, or 0, goes on\n" in out, (
+        out
+    )
+    assert folders(tmp_path / "exp") == before
+    _, out, _ = train("hubert", *settings, "train.patience=4", steps=8)
+    assert "continuing from" in out
+    assert "no better `loss` in 4 validations: stopping at step 5" in out
+
+
+def test_the_best_and_the_last_checkpoints_are_kept(train, corpus, tmp_path: Path, scores) -> None:
+    scores(4.0, 2.0, 3.0, 2.5, 5.0, 6.0)
+    keep = ("checkpoint.keep_best=2", "checkpoint.keep_last=1")
+    assert train("hubert", *validated(corpus, *keep), steps=6)[0] == 0
+    exp = tmp_path / "exp"
+    assert best_of(exp) == [("step-00000002", 2.0), ("step-00000004", 2.5)]
+    assert folders(exp) == ["step-00000002", "step-00000004", "step-00000006"]
+    assert find_model(exp).name == "step-00000002"
+    assert state_of(exp)["validations_without_best"] == 4
+
+
+def test_keep_last_counts_the_newest(train, tmp_path: Path) -> None:
+    train("hubert", "checkpoint.every_steps=1", "checkpoint.keep_last=3", steps=5)
+    assert folders(tmp_path / "exp") == ["step-00000003", "step-00000004", "step-00000005"]
+    assert best_of(tmp_path / "exp") == []
+    assert find_model(tmp_path / "exp").name == "step-00000005"
+
+
+@pytest.mark.parametrize(
+    ("higher", "values", "best"),
+    [
+        ("false", (math.nan, 3.0, 2.0, -math.inf, 2.5), [("step-00000003", 2.0), ("step-00000005", 2.5)]),
+        ("true", (math.nan, 0.1, 0.3, math.inf, 0.2), [("step-00000003", 0.3), ("step-00000005", 0.2)]),
+    ],
+)
+def test_a_score_that_is_not_finite_is_never_best(
+    train, corpus, tmp_path: Path, scores, higher: str, values, best
+) -> None:
+    scores(*values)
+    keep = ("checkpoint.keep_best=2", "checkpoint.keep_last=1", f"checkpoint.higher_is_better={higher}")
+    status, out, _ = train("hubert", *validated(corpus, *keep), steps=5)
+    assert status == 0
+    assert "WARNING `loss` of the validation at step 1 is nan: it is not counted as a best one" in out
+    assert out.count("it is not counted as a best one") == 2
+    assert best_of(tmp_path / "exp") == best
+    assert state_of(tmp_path / "exp")["best_score"] == best[0][1]
+
+
+def test_scores_that_are_not_finite_use_patience_up(train, corpus, scores) -> None:
+    scores(*[math.nan] * 5)
+    _, out, _ = train("hubert", *validated(corpus, "train.patience=2"), steps=5)
+    assert "no better `loss` in 2 validations: stopping at step 2" in out
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(train, corpus, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train("hubert", *validated(corpus), "log.tensorboard=true", "log.every_steps=1", steps=3)
+    board = EventAccumulator(str(tmp_path / "exp/tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "exp/metrics.jsonl").read_text().splitlines()]
+    about = {"kind", "step", "time", "epoch", "hours", "wall"}
+    expected = {
+        (f"{row['kind']}/{name}", row["step"]): value
+        for row in rows
+        for name, value in row.items()
+        if name not in about
+    }
+    found = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert {("train/loss", 1), ("valid/loss", 3), ("train/mfu_percent", 2)} <= found.keys()
+
+
+def test_the_speedometers_figures_from_known_numbers(monkeypatch) -> None:
+    now = [110.0]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    meter = Speedometer(sample_rate=100, peak=2.0, started=100.0, waited=2.0, excluded=2.0)
+    # 4.5 s of audio in 6 s with padding; 10 s have passed, 2 of them for validation: 8 s
+    meter.add(Batch(ids=("a", "b"), inputs=torch.zeros(2, 300), lengths=torch.tensor([300, 150])), flops=4e12)
+    figures = meter.read()
+    assert figures.pop("memory_gib") > 0
+    assert figures == pytest.approx(
+        {
+            "audio_seconds_per_second": 4.5 / 8,
+            "padding_percent": 25.0,
+            "data_wait_percent": 25.0,
+            "mfu_percent": 25.0,
+        }
+    )
+    now[0] = 120.0
+    meter.add(Batch(ids=("a",), inputs=torch.zeros(1, 500), lengths=torch.tensor([500])), flops=0.0)
+    assert meter.read() == {
+        "audio_seconds_per_second": pytest.approx(0.5),
+        "padding_percent": 0.0,
+        "data_wait_percent": 0.0,
+        "mfu_percent": 0.0,
+        "memory_gib": pytest.approx(speed.memory_gib()),
+    }, "the second interval begins anew"
+
+
+@pytest.fixture
+def averaged(train, tmp_path: Path) -> Path:
+    """A pretraining run that kept an average of its weights, and its newest checkpoint."""
+    assert train("hubert", "train.ema_decay=0.9", "schedule.rate=0.01", steps=3, exp="averaged")[0] == 0
+    return tmp_path / "averaged"
+
+
+def assert_averaged(state: dict[str, torch.Tensor], exp: Path) -> None:
+    folder = find_model(exp)
+    average, raw = load_file(folder / "average.safetensors"), load_file(folder / "model.safetensors")
+    assert state
+    for name, value in state.items():
+        assert torch.equal(value, average.get(name, raw[name])), name
+    moved = [name for name in state if name in average and not torch.equal(average[name], raw[name])]
+    assert len(moved) > len(state) / 2, "the average must differ from the weights"
+
+
+def test_what_uses_a_model_takes_the_averaged_weights(averaged: Path) -> None:
+    from harken.encoders.saved import load_backbone
+    from harken.objectives.saved import load_objective
+    from harken.units.features import make_features
+
+    assert_averaged(load_objective(averaged)[0].state_dict(), averaged)
+    for backbone in (load_backbone(averaged)[0], make_features("hidden", model=averaged, layer=1).backbone):
+        assert_averaged({f"backbone.{name}": value for name, value in backbone.state_dict().items()}, averaged)
+
+
+def test_init_from_gives_the_backbone_and_leaves_the_head(averaged: Path, train, tmp_path: Path) -> None:
+    # the rate of zero leaves the weights as they were when the run began
+    status, _, error = train("ctc", f"train.init_from={averaged}", "schedule.rate=0.0", steps=1)
+    assert (status, error) == (0, "")
+    assert train("ctc", "schedule.rate=0.0", steps=1, exp="scratch")[0] == 0
+    weights, scratch = (load_weights(find_model(tmp_path / name)) for name in ("exp", "scratch"))
+    assert_averaged({name: value for name, value in weights.items() if name.startswith("backbone.")}, averaged)
+    assert weights["head.weight"].shape == scratch["head.weight"].shape
+    assert weights["head.weight"].std() > 0
+    assert not torch.equal(weights["backbone.encoder.norm.weight"], torch.zeros(32))
+
+
+def test_init_from_another_shape_is_refused(averaged: Path, train) -> None:
+    status, _, error = train("ctc", f"train.init_from={averaged}", "encoder.dim=64", steps=1)
+    assert status == 2
+    assert f"the weights in {averaged}/checkpoints/step-00000003 do not fit the model: " in error
+
+
+def test_an_average_is_the_mean_of_the_newest(train, tmp_path: Path) -> None:
+    train("hubert", "checkpoint.every_steps=1", "checkpoint.keep_last=3", "schedule.rate=0.01", steps=3)
+    exp, out = tmp_path / "exp", tmp_path / "mean"
+    assert main(["average", str(exp), "--last", "2", "--out", str(out)]) == 0
+    parts = [load_file(exp / f"checkpoints/step-0000000{step}/model.safetensors") for step in (2, 3)]
+    mean = load_file(out / "model.safetensors")
+    assert mean.keys() == parts[0].keys()
+    for name, value in mean.items():
+        expected = (parts[0][name].double() + parts[1][name].double()) / 2
+        assert torch.equal(value, expected.float()), name
+    assert find_model(out) == out
+
+
+def test_ctc_scales_the_rates_as_configured(corpus) -> None:
+    from harken.objectives.saved import build_objective
+
+    settings = ("objective.freeze_steps=5", "objective.layer_decay=0.5", "objective.head_rate=3.0")
+    model = build_objective(corpus.config("ctc", "filterbank", *settings))
+    frozen = build_objective(corpus.config("ctc", "filterbank", *settings, "objective.freeze_frontend=true"))
+    names = [name for name, _ in model.named_parameters()]
+    expected = {"head.": 3.0, "backbone.encoder.blocks.1.": 1.0, "backbone.encoder.blocks.0.": 0.5}
+    expected["backbone.frontend."] = 0.5**3
+    for prefix, rate in expected.items():
+        matching = [name for name in names if name.startswith(prefix)]
+        assert matching, prefix
+        for name in matching:
+            assert model.rate_scale(name, 4) == (3.0 if prefix == "head." else 0.0), name
+            assert model.rate_scale(name, 5) == rate, name
+            assert frozen.rate_scale(name, 5) == (0.0 if prefix == "backbone.frontend." else rate), name
+
+
+def test_a_frozen_backbone_does_not_move_until_its_step(train, tmp_path: Path) -> None:
+    settings = ("objective.freeze_steps=2", "objective.freeze_frontend=true", "checkpoint.every_steps=1")
+    train("ctc", *settings, "checkpoint.keep_last=3", steps=3)
+    steps = [load_file(tmp_path / f"exp/checkpoints/step-0000000{step}/model.safetensors") for step in (1, 2, 3)]
+
+    def moved(step: int, prefix: str) -> set[bool]:
+        return {
+            not torch.equal(steps[step][name], steps[step - 1][name])
+            for name in steps[0]
+            if name.startswith(prefix) and name.endswith("weight")
+        }
+
+    assert moved(1, "head.") == moved(2, "head.") == {True}
+    assert moved(1, "backbone.") == {False}
+    assert moved(2, "backbone.frontend.") == {False}
+    assert True in moved(2, "backbone.encoder.")
+
+
+def flip(path: Path) -> None:
+    """Change one byte in the middle of a file; its length stays."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def ranked(train, corpus, tmp_path: Path, scores) -> Path:
+    """A CTC run whose second checkpoint of three is the best, the first the next best."""
+    scores(2.0, 1.0, 3.0)
+    keep = ("checkpoint.keep_best=2", "checkpoint.keep_last=1")
+    assert train("ctc", *validated(corpus, *keep), steps=3)[0] == 0
+    return tmp_path / "exp"
+
+
+def test_a_damaged_best_checkpoint_is_named_and_the_next_best_decodes(
+    ranked: Path, corpus, tmp_path: Path, capsys
+) -> None:
+    best = ranked / "checkpoints/step-00000002"
+    flip(best / "model.safetensors")
+    assert main(["decode", str(ranked), str(corpus.valid), "--out", str(tmp_path / "decode"), "--workers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"WARNING checkpoint {best} is damaged (model.safetensors is not as it was written): trying another one" in out
+    )
+    assert (tmp_path / "decode/valid.jsonl").is_file()
+    assert find_model(ranked).name == "step-00000001"
+    flip(ranked / "checkpoints/step-00000001/config.yaml")
+    assert find_model(ranked).name == "step-00000003"
+    flip(ranked / "checkpoints/step-00000003/model.safetensors")
+    with pytest.raises(HarkenError, match=r"every checkpoint in .* is damaged: restore a copy, or train again"):
+        find_model(ranked)
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(
+    ranked: Path, train, corpus, tmp_path: Path, capsys
+) -> None:
+    best = ranked / "checkpoints/step-00000002"
+    flip(best / "model.safetensors")
+    message = (
+        f"checkpoint {best} is damaged (model.safetensors is not as it was written): restore a copy, or name another"
+    )
+    assert main(["decode", str(best), str(corpus.valid), "--out", str(tmp_path / "decode")]) == 2
+    assert message in capsys.readouterr().err
+    status, _, error = train("ctc", f"train.init_from={best}", exp="new")
+    assert status == 2
+    assert message in error
+    (best / "checksums.json").unlink()
+    with pytest.raises(HarkenError, match=r"is damaged \(no readable checksums.json"):
+        find_model(best)
+
+
+def test_only_what_is_read_must_be_whole(ranked: Path) -> None:
+    """A checkpoint copied without its optimiser decodes."""
+    best = ranked / "checkpoints/step-00000002"
+    flip(best / "engine/engine/mp_rank_00_model_states.pt")
+    assert find_model(best) == best
+    flip(best / "config.yaml")
+    with pytest.raises(HarkenError, match=r"config\.yaml is not as it was written"):
+        find_model(best)
+
+
+def test_a_damaged_checkpoint_is_not_averaged(train, tmp_path: Path, capsys) -> None:
+    train("hubert", "checkpoint.every_steps=1", "checkpoint.keep_last=3", steps=3)
+    flip(tmp_path / "exp/checkpoints/step-00000003/model.safetensors")
+    assert main(["average", str(tmp_path / "exp"), "--last", "2", "--out", str(tmp_path / "mean")]) == 0
+    out = capsys.readouterr().out
+    assert "step-00000003 is damaged (model.safetensors is not as it was written): trying another one" in out
+    assert "mean of 2 models: step-00000001, step-00000002" in out
+
+
+@pytest.fixture
+def other_labels(corpus, tmp_path: Path) -> Path:
+    """Labels of the same cuts by another clusterer of the same size."""
+    from functools import partial
+
+    from harken.config.schema import DataConfig
+    from harken.units.clusterer import fit_clusterer
+    from harken.units.features import Mfcc, make_features
+    from harken.units.kmeans import KMeansConfig
+    from harken.units.label import Job, label
+    from harken.units.store import LabelStore
+
+    clusterer, store = tmp_path / "other-clusterer", tmp_path / "other-labels"
+    old = LabelStore(corpus.labels)
+    config = KMeansConfig(clusters=old.card.clusters, seed=99)
+    data = DataConfig(train=str(corpus.train), workers=0)
+    fit_clusterer(clusterer, str(corpus.train), Mfcc(), data, config, max_frames=10_000, say=lambda _: None)
+    manifests = (str(corpus.train), str(corpus.valid))
+    label(Job(store, manifests, str(clusterer), partial(make_features, "mfcc"), 16000, 60.0), 1, lambda _: None)
+    new = LabelStore(store)
+    assert (new.ids, new.card.clusters, new.card.labels) == (old.ids, old.card.clusters, old.card.labels)
+    return store
+
+
+def test_a_run_does_not_go_on_with_labels_of_another_clusterer(
+    train, corpus, tmp_path: Path, other_labels: Path
+) -> None:
+    assert train("hubert")[0] == 0
+    status, _, error = train("hubert", f"data.labels=[{other_labels}]", steps=4)
+    assert status == 2
+    (line,) = error.splitlines()
+    assert line.startswith(
+        f"harken train: `data.labels[0]` is not what {tmp_path}/exp/checkpoints/step-00000002 was trained with: "
+        "that was 12 clusters "
+    )
+    assert line.endswith("give it the old one, or start another `--exp` from its weights with `train.init_from`")
+    moved = tmp_path / "moved"
+    moved.symlink_to(corpus.labels)
+    assert train("hubert", f"data.labels=[{moved}]", steps=4)[0] == 0, "where they are does not matter"
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(train, corpus, tmp_path: Path) -> None:
+    assert train("ctc")[0] == 0
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("".join(reversed(corpus.tokens.read_text().splitlines(keepends=True))))
+    status, _, error = train("ctc", f"objective.tokenizer={tokens}", steps=4)
+    assert status == 2
+    assert "harken train: `objective.tokenizer` is not what " in error
+    assert "was trained with: that was sha256 " in error
+    tokens.write_bytes(corpus.tokens.read_bytes())
+    assert train("ctc", f"objective.tokenizer={tokens}", steps=4)[0] == 0
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(0, 1), (0, 2), (2, 0), (2, 1)])
+def test_another_zero_stage_is_one_error(train, tmp_path: Path, saved: int, asked: int) -> None:
+    assert train("ctc", f"engine.zero_stage={saved}", steps=1)[0] == 0
+    status, _, error = train("ctc", f"engine.zero_stage={asked}", steps=2)
+    assert status == 2
+    assert error == (
+        f"harken train: {tmp_path}/exp/checkpoints/step-00000001/engine was saved by 1 process(es) with "
+        f"`engine.zero_stage` {saved}, and this run has 1 with {asked}: continue with what it was saved by, "
+        "or start another `--exp` from its weights with `train.init_from`\n"
+    )
+
+
+def test_a_step_that_fp16_overflows_is_skipped_aloud_and_seen(train, tmp_path: Path) -> None:
+    """The first loss is scaled by 65536: gradients this large overflow until the scale has been lowered."""
+    large = "objective.penalty_weight=10000.0"
+    settings = ("engine.precision=fp16", "train.ema_decay=0.9", "log.every_steps=1", large)
+    status, out, _ = train("hubert", *settings, steps=8)
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "exp/metrics.jsonl").read_text().splitlines()]
+    norms = [row["gradient_norm"] for row in rows]
+    skipped = [row["step"] for row in rows if not math.isfinite(row["gradient_norm"])]
+    assert 0 < len(skipped) < 8, norms
+    for step in skipped:
+        assert f"WARNING step {step} skipped: its gradient is not finite; every loss is finite" in out
+    assert state_of(tmp_path / "exp")["skipped_steps"] == len(skipped) == out.count("skipped: its gradient")
+    average = load_file(find_model(tmp_path / "exp") / "average.safetensors")
+    assert int(average["#updates"]) == 8 - len(skipped), "a skipped step is not averaged"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("engine.precision=fp16", "engine.zero_stage=1"), "`engine.precision: fp16` needs `engine.zero_stage: 0`"),
+        (
+            ("engine.zero_stage=1", "engine.deepspeed.zero_optimization.compute_grad_norm=false"),
+            "`engine.deepspeed.zero_optimization.compute_grad_norm` must be true, got false",
+        ),
+    ],
+)
+def test_settings_under_which_bad_steps_would_be_taken_are_refused(train, settings, words: str) -> None:
+    status, _, error = train("ctc", *settings)
+    assert status == 2
+    assert words in error
