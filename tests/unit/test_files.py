@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from harken.apps.main import main
-from harken.config.saved import save_model
+from harken.config.saved import CHECKSUMS, checksums, save_model
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_folder, atomic_path, check_replaceable, write_text_atomic
 from harken.data.manifest import build_index
@@ -112,6 +112,7 @@ def models(corpus, tmp_path: Path) -> Path:
         folder = run / f"checkpoints/step-{step:08d}"
         folder.mkdir(parents=True)
         save_model(folder, config, {name: torch.full_like(value, 2 * step - 1) for name, value in weights.items()})
+        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
     (run / "metrics.jsonl").write_text("precious")
     return run
 
@@ -129,7 +130,7 @@ def test_average_writes_a_model_and_replaces_its_own_only(models: Path, tmp_path
         assert main(["average", str(models), "--out", str(target)]) == 2
         assert f"{target} exists already and holds `{found}`" in capsys.readouterr().err
     assert main(["average", str(models), "--out", str(models / "checkpoints/step-00000001")]) == 2
-    assert "lacks `averaged.json`, so it is no averaged model that may be replaced" in capsys.readouterr().err
+    assert "holds `checksums.json`, so it is no averaged model that may be replaced" in capsys.readouterr().err
     assert tree(models) == before
 
 

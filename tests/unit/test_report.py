@@ -20,7 +20,7 @@ import torch
 
 from harken.apps.main import main
 from harken.config.load import from_dict, to_yaml
-from harken.config.saved import load_config, save_model
+from harken.config.saved import CHECKSUMS, checksums, load_config, save_model
 from harken.config.schema import DataConfig
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
@@ -89,6 +89,7 @@ def write_run(folder: Path, config, metrics: dict[str, float]) -> None:
     checkpoint.mkdir(parents=True)
     save_model(checkpoint, config, build_objective(config).state_dict())
     (checkpoint / "versions.json").write_text(json.dumps({"harken": "0.0.7", "torch": "9.8.7"}))
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint)))
     (folder / "config.yaml").write_text(to_yaml(config))
     speed = {"audio_seconds_per_second": 50.0, "padding_percent": 4.0, "data_wait_percent": 1.0, "mfu_percent": 20.0}
     log = RunLog(folder, total_steps=40, tensorboard=False, samples=False, start_step=0)
