@@ -85,7 +85,9 @@ row_says() { # TEXT: in the row's log and in the stage's
 row() { # MINUTES START SEED CONFIGURATION...
   local minutes="$1" start="$2" seed="$3" name="$1-$2-$3" out="$exp/compare/$1-$2-$3" made why configuration split
   shift 3
-  configuration=("$@" "data.train=$data/train-${minutes}min.jsonl" "seed=$seed" engine.threads=1)
+  # masks begin after about 360 steps of 20 s in every row: an epoch of 10 minutes has 30
+  configuration=("$@" "data.train=$data/train-${minutes}min.jsonl" "seed=$seed" engine.threads=1
+    "objective.mask_from_epoch=$((120 / minutes))")
   if [ "$start" != scratch ]; then configuration+=("train.init_from=$exp/$start"); fi
   made="$(made_of "$minutes" "$start" "${configuration[@]}")"
   why="$(row_changed "$out" "$made")"
