@@ -12,7 +12,8 @@ train_model() { # FOLDER CONFIGURATION...
   local folder="$1" divided
   shift
   divided="$(divided_batch "$@")"
-  harken_parallel train "$@" ${divided:+"$divided"} --exp "$folder"
+  # a training that was stopped is no finished stage, even when only its own process got the signal
+  harken_parallel train "$@" ${divided:+"$divided"} --fail-when-stopped --exp "$folder"
 }
 
 # Prints the override that makes the micro-batches of a step divide among $nproc processes: the largest size that is not

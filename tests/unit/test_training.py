@@ -17,6 +17,7 @@ from harken.config.saved import find_model, load_weights
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.train import loop, speed
+from harken.train.signals import StopRequest
 from harken.train.speed import Speedometer
 
 
@@ -46,6 +47,16 @@ def scores(monkeypatch):
         monkeypatch.setattr(loop, "validate", lambda engine, batches: ({"loss": next(remaining)}, []))
 
     return give
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), 0), (("--fail-when-stopped",), 75)])
+def test_a_stopped_run_can_be_told_from_a_finished_one(train, monkeypatch, flags, expected: int) -> None:
+    monkeypatch.setattr(StopRequest, "agreed", lambda self: True)
+    status, out, _ = train("hubert", *flags, steps=3)
+    assert status == expected
+    assert "asked to stop: saved step 1; the same command continues from there" in out
+    monkeypatch.undo()
+    assert train("hubert", *flags, steps=3)[0] == 0
 
 
 def test_a_run_out_of_patience_stops_and_stays_stopped(train, corpus, tmp_path: Path) -> None:

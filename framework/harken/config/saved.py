@@ -119,6 +119,11 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return weights | {name: value for name, value in _read(folder / AVERAGE).items() if name in weights}
 
 
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 of the file that decides the weights `load_weights` gives."""
+    return sha256_file(folder / (AVERAGE if (folder / AVERAGE).is_file() else WEIGHTS))
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)

@@ -143,7 +143,7 @@ class EngineConfig:
     """Keep the optimiser's state in the host's memory. DeepSpeed `zero_optimization.offload_optimizer`."""
     threads: int = 0
     """CPU threads of a rank; 0 divides the machine's cores among its ranks."""
-    bucket_bytes: int = 50_000_000
+    bucket_elements: int = 50_000_000
     """What ZeRO reduces and gathers at a time: DeepSpeed's `reduce_bucket_size` and `allgather_bucket_size`, which
     count numbers, of float32 four bytes each."""
     timeout_seconds: int = 600
@@ -152,7 +152,7 @@ class EngineConfig:
     """Keys of DeepSpeed's own configuration, merged over what harken makes of the fields above."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "engine", positive=("bucket_bytes", "timeout_seconds"), not_negative=("threads",))
+        check_numbers(self, "engine", positive=("bucket_elements", "timeout_seconds"), not_negative=("threads",))
 
 
 @dataclass(frozen=True, kw_only=True)

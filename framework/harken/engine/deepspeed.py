@@ -83,8 +83,8 @@ def deepspeed_config(config: EngineConfig, train: TrainConfig) -> dict[str, Any]
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
         zero.update(
-            reduce_bucket_size=config.bucket_bytes,
-            allgather_bucket_size=config.bucket_bytes,
+            reduce_bucket_size=config.bucket_elements,
+            allgather_bucket_size=config.bucket_elements,
             overlap_comm=torch.cuda.is_available(),
             contiguous_gradients=True,
         )

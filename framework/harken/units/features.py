@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harken.config.saved import WEIGHTS, find_model
+from harken.config.saved import find_model, weights_digest
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
-from harken.core.files import sha256_file
 from harken.core.frames import FrameSpec, Window
 from harken.encoders.saved import load_backbone
 
@@ -112,7 +111,7 @@ class Hidden:
 
     def describe(self) -> str:
         """Return the layer and the hash of the weights."""
-        return f"hidden layer {self.layer} of model {sha256_file(find_model(self.model) / WEIGHTS)[:16]}"
+        return f"hidden layer {self.layer} of model {weights_digest(find_model(self.model))[:16]}"
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> list[Frames]:
