@@ -13,6 +13,7 @@ from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 from harken.encoders.stack import Stack, StackConfig
 from harken.nn.attention import SelfAttention
+from harken.nn.convolution import DepthwiseConvolution
 from harken.nn.dropout import Dropout
 
 
@@ -68,9 +69,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim)
         self.gate = nn.Linear(config.dim, 2 * config.dim)
-        self.depthwise = nn.Conv1d(
-            config.dim, config.dim, config.kernel, padding=config.kernel // 2, groups=config.dim, bias=False
-        )
+        self.depthwise = DepthwiseConvolution(config.dim, config.kernel)
         self.inner_norm = nn.LayerNorm(config.dim)
         self.out = nn.Linear(config.dim, config.dim)
         self.dropout = Dropout(config.dropout)
@@ -80,8 +79,7 @@ class Convolution(nn.Module):
         y = functional.glu(self.gate(self.norm(x)), dim=-1)
         if attend is not None:
             y = y.masked_fill(~attend[:, 0, 0, :, None], 0.0)
-        y = self.depthwise(y.transpose(1, 2)).transpose(1, 2)
-        branch: Tensor = self.dropout(self.out(functional.silu(self.inner_norm(y))))
+        branch: Tensor = self.dropout(self.out(functional.silu(self.inner_norm(self.depthwise(y)))))
         return branch
 
 

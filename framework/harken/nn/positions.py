@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harken.nn.convolution import convolve_over_time
+
 
 class PositionalConvolution(nn.Module):
     """Grouped convolution over time, weight-normalised over its kernel axis, then GELU.
@@ -30,6 +32,5 @@ class PositionalConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the positions `(B, T, D)` to add to `x` `(B, T, D)`, whose padded frames must be zero."""
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
-        y = functional.conv1d(x.transpose(1, 2), weight, self.bias, padding=self.padding, groups=self.groups)
-        y = y[..., : y.shape[-1] - self.surplus]
-        return functional.gelu(y).transpose(1, 2)
+        y = convolve_over_time(x, weight, self.bias, padding=self.padding, groups=self.groups)
+        return functional.gelu(y[:, : y.shape[1] - self.surplus])
