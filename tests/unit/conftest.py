@@ -1,4 +1,4 @@
-"""`harken train` on the tiny corpus, in this process."""
+"""What several unit tests do to the tiny corpus and to files: `harken train` in this process, damage."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ def train(corpus, tmp_path: Path, capsys):
         return status, out, error
 
     return run
+
+
+@pytest.fixture
+def damage():
+    """Overwrite a file of a folder, or remove it where the content is None."""
+
+    def overwrite(folder: Path, name: str, content: bytes | None) -> None:
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+
+    return overwrite

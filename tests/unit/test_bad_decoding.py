@@ -57,13 +57,6 @@ def changed(source: Path, target: Path, change: Callable[[dict[str, Any]], None]
 # Models
 
 
-def damage(folder: Path, name: str, content: bytes | None) -> None:
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -74,7 +67,7 @@ def damage(folder: Path, name: str, content: bytes | None) -> None:
         ("config.yaml", b"- a\n", "{}/config.yaml must hold a group of keys, got list"),
     ],
 )
-def test_a_damaged_model_is_named(models, corpus, tmp_path: Path, capsys, name, content, words) -> None:
+def test_a_damaged_model_is_named(models, corpus, tmp_path: Path, capsys, name, content, words, damage) -> None:
     shutil.copytree(models / "ctc", tmp_path / "ctc")
     damage(tmp_path / "ctc", name, content)
     assert main(["decode", str(tmp_path / "ctc"), str(corpus.valid), "--out", str(tmp_path / "out")]) == 2

@@ -467,13 +467,6 @@ def test_times_and_numbers_are_written_for_people() -> None:
     assert number(1234567.0, 0) == "1\u202f234\u202f567"
 
 
-def damage(folder: Path, name: str, content: bytes | None) -> None:
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "section", "words"),
     [
@@ -486,7 +479,7 @@ def damage(folder: Path, name: str, content: bytes | None) -> None:
         ("decode/test-score/wer.json", b"[]", "results", "wer.json is not a score"),
     ],
 )
-def test_each_damaged_piece_is_named(experiment: Path, tmp_path: Path, name, content, section, words) -> None:
+def test_each_damaged_piece_is_named(experiment: Path, tmp_path: Path, name, content, section, words, damage) -> None:
     shutil.copytree(experiment, tmp_path / "trial")
     damage(tmp_path / "trial", name, content)
     shown = "1" if section == "utterances" else "0"

@@ -27,24 +27,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Average and write."""
-    from harken.config.saved import CHECKPOINTS, WEIGHTS, average_weights, find_model, intact, load_config, save_model
+    from harken.config.saved import (
+        CHECKPOINTS,
+        WEIGHTS,
+        average_weights,
+        find_model,
+        intact,
+        load_config,
+        save_model,
+        weights_digest,
+    )
     from harken.core.errors import HarkenError
-    from harken.core.files import atomic_folder, check_replaceable, sha256_file, write_json_atomic
+    from harken.core.files import atomic_folder, check_replaceable, write_json_atomic
 
     if args.last < 0:
         raise HarkenError(f"`--last` must be 0 (all) or a number of checkpoints, got {args.last}")
+    experiment = len(args.models) == 1 and (args.models[0] / CHECKPOINTS).is_dir()
+    if args.last and not experiment:
+        raise HarkenError("`--last` takes checkpoints of one experiment: name a single folder with checkpoints in it")
     files = ("averaged.json", "config.yaml", WEIGHTS)
     check_replaceable(args.out, kind="averaged model", files=files)
-    folders = [find_model(path) for path in args.models]
-    if len(args.models) == 1 and (args.models[0] / CHECKPOINTS).is_dir():
+    if experiment:
         newest = sorted((args.models[0] / CHECKPOINTS).glob("step-*"), reverse=True)
-        folders = list(islice(filter(intact, newest), args.last or None))[::-1]
-    elif args.last:
-        raise HarkenError("`--last` takes checkpoints of one experiment: name a single folder with checkpoints in it")
+        whole = list(islice(filter(intact, newest), args.last or None))[::-1]
+        folders = whole or [find_model(args.models[0])]  # which says why there is none
+    else:
+        folders = [find_model(path) for path in args.models]
     weights = average_weights(folders)
     with atomic_folder(args.out, kind="averaged model", files=files) as folder:
         save_model(folder, load_config(folders[-1]), weights)
-        sources = [{"model": str(one), "sha256": sha256_file(one / WEIGHTS)} for one in folders]
+        sources = [{"model": str(one), "sha256": weights_digest(one)} for one in folders]
         write_json_atomic(folder / "averaged.json", {"models": sources})
     print(f"{args.out}: mean of {len(folders)} models: {', '.join(one.name for one in folders)}")
     return 0

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from harken.apps.subverbs import add_sub_verb
+
 HELP = "scan, index, verify and describe manifests; make tokenizers"
 EXAMPLE = "harken data scan corpus/wav --out data/all.jsonl\n  harken data scan --help"
 
@@ -33,14 +35,7 @@ ACTIONS = {
 def _sub(
     verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, example: str
 ) -> argparse.ArgumentParser:
-    about = ACTIONS[name]
-    return verbs.add_parser(
-        name,
-        help=about,
-        description=about[0].upper() + about[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return add_sub_verb(verbs, name, ACTIONS[name], example)
 
 
 def _scan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harken.apps.subverbs import add_sub_verb
+
 if TYPE_CHECKING:
     from harken.units.features import Features
 
@@ -28,7 +30,7 @@ LABEL = "harken units label train.jsonl dev.jsonl --clusterer units/km --out uni
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     verbs = parser.add_subparsers(dest="units_verb", required=True, metavar="fit|label|check")
-    fit = _sub(verbs, "fit", "k-means on a sample of a manifest's frames", FIT)
+    fit = add_sub_verb(verbs, "fit", "k-means on a sample of a manifest's frames", FIT)
     fit.add_argument("manifest", metavar="MANIFEST", help="indexed manifest")
     fit.add_argument("--out", required=True, type=Path, metavar="DIR", help="clusterer to write, or to replace")
     fit.add_argument("--clusters", type=int, default=100, metavar="K", help="clusters (default: 100)")
@@ -37,29 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample and of k-means (default: 0)")
     _feature_arguments(fit, "threads of k-means")
-    label = _sub(verbs, "label", "write the packed label store of one or more manifests", LABEL)
+    label = add_sub_verb(verbs, "label", "write the packed label store of one or more manifests", LABEL)
     label.add_argument("manifest", nargs="+", metavar="MANIFEST", help="indexed manifests that share the store")
     label.add_argument("--clusterer", required=True, metavar="DIR", help="folder that `units fit` wrote")
     label.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="new label store, or an unfinished one to continue"
     )
     _feature_arguments(label, "processes that label")
-    check = _sub(
+    check = add_sub_verb(
         verbs, "check", "judge label stores; status 1 when something is wrong", "harken units check units/labels"
     )
     check.add_argument("store", nargs="+", type=Path, metavar="STORE", help="folder that `units label` wrote")
-
-
-def _sub(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str, example: str
-) -> argparse.ArgumentParser:
-    return verbs.add_parser(
-        name,
-        help=about,
-        description=about[0].upper() + about[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def _feature_arguments(parser: argparse.ArgumentParser, jobs: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from harken import __version__
-from harken.config.saved import AVERAGE, CHECKPOINTS, CHECKSUMS, checksums, damaged, save_model
+from harken.config.saved import AVERAGE, CHECKPOINTS, CHECKSUMS, WEIGHTS, checksums, damaged, save_model
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.errors import HarkenError
@@ -37,15 +37,7 @@ from harken.train.log import say
 from harken.train.state import TrainState
 
 NAME = re.compile(r"step-\d{8,}")  # what a user calls step-best is the user's
-CONTENTS = {
-    "engine",
-    "model.safetensors",
-    "average.safetensors",
-    "config.yaml",
-    "state.json",
-    "versions.json",
-    "checksums.json",
-}
+CONTENTS = {"engine", WEIGHTS, AVERAGE, "config.yaml", "state.json", "versions.json", CHECKSUMS}
 
 
 @dataclass
