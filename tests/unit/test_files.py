@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from harken.apps.main import main
-from harken.config.saved import CHECKSUMS, checksums, save_model
+from harken.config.saved import CHECKSUMS, checksums, find_model, save_model
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_folder, atomic_path, check_replaceable, write_text_atomic
 from harken.data.manifest import build_index
@@ -115,6 +116,14 @@ def models(corpus, tmp_path: Path) -> Path:
         (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
     (run / "metrics.jsonl").write_text("precious")
     return run
+
+
+def test_what_a_user_calls_a_checkpoint_is_not_the_newest(models: Path, tmp_path: Path) -> None:
+    root = models / "checkpoints"
+    shutil.copytree(root / "step-00000001", root / "step-best")
+    assert find_model(models) == root / "step-00000002"
+    assert main(["average", str(models), "--last", "1", "--out", str(tmp_path / "mean")]) == 0
+    assert all(bool((value == 3).all()) for value in load_file(tmp_path / "mean/model.safetensors").values())
 
 
 def test_average_writes_a_model_and_replaces_its_own_only(models: Path, tmp_path: Path, capsys) -> None:

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         CHECKPOINTS,
         WEIGHTS,
         average_weights,
+        checkpoint_names,
         find_model,
         intact,
         load_config,
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     files = ("averaged.json", "config.yaml", WEIGHTS)
     check_replaceable(args.out, kind="averaged model", files=files)
     if experiment:
-        newest = sorted((args.models[0] / CHECKPOINTS).glob("step-*"), reverse=True)
+        root = args.models[0] / CHECKPOINTS
+        newest = (root / name for name in reversed(checkpoint_names(root)))
         whole = list(islice(filter(intact, newest), args.last or None))[::-1]
         folders = whole or [find_model(args.models[0])]  # which says why there is none
     else:

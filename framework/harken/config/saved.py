@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,14 @@ USED = (WEIGHTS, AVERAGE, "config.yaml")
 """What using a model reads of a checkpoint; the optimiser's shards are several times as large."""
 
 
+_NAME = re.compile(r"step-\d{8,}")  # what a user calls step-best is the user's
+
+
+def checkpoint_names(root: Path) -> list[str]:
+    """Return the names of a run's checkpoints in the folder that holds them, the oldest first."""
+    return sorted(path.name for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+
+
 def find_model(path: str | Path) -> Path:
     """Return the folder that holds weights: `path` itself, or the best (else the newest) checkpoint of an experiment.
 
@@ -42,7 +51,7 @@ def find_model(path: str | Path) -> Path:
         raise HarkenError(
             f"{ranking} is no list of checkpoints ({error!r}): remove it, or name a checkpoint's folder"
         ) from error
-    newest = sorted((folder.name for folder in root.glob("step-*")), reverse=True)
+    newest = reversed(checkpoint_names(root))
     there = [root / name for name in dict.fromkeys([*best, *newest]) if (root / name).is_dir()]
     if not there:
         raise HarkenError(

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,16 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from harken import __version__
-from harken.config.saved import AVERAGE, CHECKPOINTS, CHECKSUMS, WEIGHTS, checksums, damaged, save_model
+from harken.config.saved import (
+    AVERAGE,
+    CHECKPOINTS,
+    CHECKSUMS,
+    WEIGHTS,
+    checkpoint_names,
+    checksums,
+    damaged,
+    save_model,
+)
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.errors import HarkenError
@@ -36,7 +44,6 @@ from harken.optim.ema import WeightAverage
 from harken.train.log import say
 from harken.train.state import TrainState
 
-NAME = re.compile(r"step-\d{8,}")  # what a user calls step-best is the user's
 CONTENTS = {"engine", WEIGHTS, AVERAGE, "config.yaml", "state.json", "versions.json", CHECKSUMS}
 
 
@@ -54,7 +61,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Names of the checkpoints, oldest first."""
-        return sorted(path.name for path in self.root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
+        return checkpoint_names(self.root)
 
     def save(
         self, engine: Engine, state: TrainState, average: WeightAverage | None, score: float | None = None
