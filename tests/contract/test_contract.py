@@ -147,6 +147,11 @@ def combination(request, corpus) -> tuple[RunConfig, Objective, Any]:
 DRAWS = Draws(5, 2)
 
 
+def drawn(prepare, batch: Batch, draws: Draws = DRAWS) -> Batch:
+    """Prepare a batch whose rows are of one epoch."""
+    return prepare(batch, [draws] * len(batch.ids))
+
+
 def total(model: Objective, batch: Batch) -> float:
     with torch.no_grad():
         return float(model(batch).total)
@@ -160,7 +165,7 @@ def test_the_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(combin
     _, model, prepare = combination
     model.train()
     model.zero_grad()
-    batch = prepare(collate(rows), DRAWS)
+    batch = drawn(prepare, collate(rows))
     assert batch.num_targets > 0
     loss = model(batch)
     assert loss.total.shape == ()
@@ -182,8 +187,8 @@ def test_padding_does_not_change_an_utterances_loss(combination, rows) -> None:
     _, model, prepare = combination
     model.eval()
     for row in rows[:3]:
-        alone = prepare(collate([row]), DRAWS)
-        padded = prepare(pad(collate([row]), 16000), DRAWS)
+        alone = drawn(prepare, collate([row]))
+        padded = drawn(prepare, pad(collate([row]), 16000))
         assert padded.num_targets == alone.num_targets
         assert total(model, padded) == pytest.approx(total(model, alone), rel=1e-4), row.cut
 
@@ -191,9 +196,9 @@ def test_padding_does_not_change_an_utterances_loss(combination, rows) -> None:
 def test_a_batch_is_the_sum_of_its_utterances(combination, rows) -> None:
     _, model, prepare = combination
     model.eval()
-    whole = prepare(collate(rows), DRAWS)
+    whole = drawn(prepare, collate(rows))
     for size in (1, 3):
-        parts = [prepare(collate(rows[start : start + size]), DRAWS) for start in range(0, len(rows), size)]
+        parts = [drawn(prepare, collate(rows[start : start + size])) for start in range(0, len(rows), size)]
         assert sum(part.num_targets for part in parts) == whole.num_targets
         assert sum(total(model, part) for part in parts) == pytest.approx(total(model, whole), rel=1e-4)
 
@@ -202,7 +207,7 @@ def test_prepare_is_pure_and_can_be_pickled(combination, rows) -> None:
     _, _, prepare = combination
     batch = collate(rows)
     before = (batch.inputs.clone(), batch.lengths.clone(), dict(batch.targets))
-    first, second = prepare(batch, DRAWS), pickle.loads(pickle.dumps(prepare))(batch, Draws(5, 2))
+    first, second = drawn(prepare, batch), drawn(pickle.loads(pickle.dumps(prepare)), batch, Draws(5, 2))
     assert len(pickle.dumps(prepare)) < 100_000, "it travels to every worker"
     assert torch.equal(batch.inputs, before[0])
     assert torch.equal(batch.lengths, before[1])
@@ -210,7 +215,7 @@ def test_prepare_is_pure_and_can_be_pickled(combination, rows) -> None:
     assert first.targets.keys() == second.targets.keys()
     assert all(torch.equal(value, second.targets[name]) for name, value in first.targets.items())
     assert first.num_targets == second.num_targets
-    other = prepare(batch, Draws(5, 3))
+    other = drawn(prepare, batch, Draws(5, 3))
     assert any(
         value.shape != other.targets[name].shape or not torch.equal(value, other.targets[name])
         for name, value in first.targets.items()
@@ -220,7 +225,7 @@ def test_prepare_is_pure_and_can_be_pickled(combination, rows) -> None:
 def test_validation_draws_the_same_at_every_pass(combination, rows) -> None:
     config, model, _ = combination
     prepare = build_prepare(config, model.backbone.spec, train=False)
-    first, second = prepare(collate(rows), Draws(0, 0)), prepare(collate(rows), Draws(0, 0))
+    first, second = (drawn(prepare, collate(rows), Draws(0, 0)) for _ in range(2))
     assert all(torch.equal(value, second.targets[name]) for name, value in first.targets.items())
 
 
@@ -306,7 +311,7 @@ def test_a_steps_flops_are_three_forward_passes(corpus, rows, objective: str) ->
     config = make_config(corpus, (objective, {}), ("waveform", {"grad_scale": 1.0}), ("transformer", {}))
     model = build_objective(config)
     prepare = build_prepare(config, model.backbone.spec, train=True)
-    batch = prepare(collate(rows[-1:]), DRAWS)
+    batch = drawn(prepare, collate(rows[-1:]))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(batch).total.backward()
     # the head sees the masked frames alone, or all of them: it is small

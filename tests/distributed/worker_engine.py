@@ -56,11 +56,11 @@ def work(path: str, exp: str, out: str, steps: int, poisoned: int) -> None:
     Path(exp).mkdir(exist_ok=True)
     run = _build(config, Path(exp), make, lambda train: build_prepare(config, spec, train=train), spec)
     rows = [{"step": run.state.step, "weights": digest(run.engine)}]
-    for batches, position in run.loader.steps(run.state.position):
+    for data in run.loader.steps(run.state.position):
         step = run.state.step + 1
         poison[0] = step == poisoned and distributed.rank() == distributed.world_size() - 1
-        applied = _step(run, batches)
-        _advance(run, batches, position)
+        applied = _step(run, data)
+        _advance(run, data)
         norm = run.engine.grad_norm
         rows.append({"step": step, "applied": applied, "finite": math.isfinite(norm), "weights": digest(run.engine)})
         if step == steps - 1:

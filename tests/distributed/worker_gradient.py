@@ -48,8 +48,8 @@ def main(out: Path, configs: list[Path]) -> None:
                 config, folder, build_objective, lambda train, c=config, s=spec: build_prepare(c, s, train=train), spec
             )
             gradients = gradients_before_step(run.engine)
-            batches, _ = next(run.loader.steps(run.state.position))
-            applied = _step(run, batches)
+            data = next(run.loader.steps(run.state.position))
+            applied = _step(run, data)
             run.log.close()
             if distributed.is_main():
                 record = {
@@ -57,7 +57,7 @@ def main(out: Path, configs: list[Path]) -> None:
                     "norm": run.engine.grad_norm,
                     "applied": applied,
                     "names": [name for name, _ in run.engine.model.named_parameters()],
-                    "lengths": [batch.lengths.tolist() for batch in batches],
+                    "lengths": [batch.lengths.tolist() for batch in data.batches],
                 }
                 torch.save(record, out / f"{path.stem}-{stage}.pt")
 

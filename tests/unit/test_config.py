@@ -92,7 +92,7 @@ def refusal(small: Path, *overrides: str) -> str:
         ("train.ema_decay=1.5", "`train.ema_decay` must lie in 0..1, got 1.5"),
         ("engine.threads=-1", "`engine.threads` must be at least 0, got -1"),
         ("engine.timeout_seconds=0", "`engine.timeout_seconds` must be positive, got 0"),
-        ("batch.buckets=0", "`batch.buckets` must be positive, got 0"),
+        ("batch.parts=0", "`batch.parts` must be positive, got 0"),
         ("data.crop_seconds=0", "`data.crop_seconds` must be positive, got 0.0"),
         ("data.max_seconds=.nan", "`data.max_seconds` must be positive, got nan"),
         ("data.prefetch_batches=0", "`data.prefetch_batches` must be positive, got 0"),

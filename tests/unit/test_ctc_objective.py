@@ -31,7 +31,7 @@ def make(corpus, *overrides: str, train: bool = False):
 def test_the_total_weighs_the_last_and_the_intermediate_layers(corpus, batch) -> None:
     """(1 - lambda) L + lambda mean(L_inner), arXiv 2102.03216 with its lambda as `intermediate_weight`."""
     model, prepare = make(corpus, "objective.intermediate_layers=[1]", "objective.intermediate_weight=0.25")
-    prepared = prepare(batch, Draws(1, 0))
+    prepared = prepare(batch, [Draws(1, 0)] * len(batch.ids))
     loss = model(prepared)
     main, inner = (float(loss.metrics[name][0]) for name in ("loss", "loss_intermediate"))
     assert abs(main - inner) > 0.05, "two layers, two losses"
@@ -54,10 +54,10 @@ def test_a_layer_that_is_not_in_the_middle_is_refused(corpus) -> None:
 def test_masks_begin_with_their_epoch(corpus, batch) -> None:
     _, prepare = make(corpus, "objective.mask_from_epoch=2", "objective.mask_channel_probability=0.5", train=True)
     names = {"mask", "channel_mask"}
-    assert [sorted(names & prepare(batch, Draws(1, epoch)).targets.keys()) for epoch in (0, 1, 2)] == [
-        [],
-        [],
-        sorted(names),
-    ]
-    masks = [prepare(batch, Draws(1, epoch)).targets["mask"].numpy() for epoch in (2, 3)]
+    targets = [prepare(batch, [Draws(1, epoch)] * len(batch.ids)).targets for epoch in range(4)]
+    assert [sorted(names & drawn.keys()) for drawn in targets] == [[], [], sorted(names), sorted(names)]
+    masks = [drawn["mask"].numpy() for drawn in targets[2:]]
     assert not np.array_equal(*masks)
+    epochs = [Draws(1, place % 3) for place in range(len(batch.ids))]  # rows of different epochs, as in a mixture
+    masked = prepare(batch, epochs).targets["mask"].any(1).tolist()
+    assert masked == [drawn.epoch == 2 for drawn in epochs]

@@ -66,7 +66,7 @@ def test_the_numbers_are_those_counted_by_hand(manifest: Path) -> None:
 
 
 def test_padding_and_fill_of_the_plan() -> None:
-    even = batches(np.full(12, 5.0, np.float32), 20.0, 4)
+    even = batches(np.full(12, 5.0, np.float32), 20.0, 1)
     assert even is not None
     assert (even.micro_batches, even.cuts_a_batch, even.padding, even.fill) == (3, 4.0, 0.0, 1.0)
     one_batch = batches(np.array([4.0, 8.0], np.float32), 20.0, 1)
@@ -75,10 +75,11 @@ def test_padding_and_fill_of_the_plan() -> None:
     assert batches(np.array([30.0], np.float32), 20.0, 1) is None
     rng = np.random.default_rng(0)
     seconds = rng.gamma(2.0, 1.5, 2000).astype(np.float32) + 0.3
-    one, many = batches(seconds, 60.0, 1), batches(seconds, 60.0, 30)
+    one, two = batches(seconds, 60.0, 1), batches(seconds, 60.0, 2)
     assert one is not None
-    assert many is not None
-    assert many.padding < 0.1 < one.padding, "buckets by duration must save padding"
+    assert two is not None
+    assert two.padding <= one.padding < 0.1
+    assert one.fill < two.fill, "a second part fills what the first leaves empty"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_nothing_to_describe_and_bad_options(tmp_path: Path, manifest: Path, cap
     with pytest.raises(HarkenError, match="holds no cut"):
         describe(Manifest(tmp_path / "empty.jsonl"))
     assert main(["data", "stats", str(manifest), "--max-seconds", "0"]) == 2
-    assert "--max-seconds and --buckets must be positive, got 0 and 30" in capsys.readouterr().err
+    assert "--max-seconds and --parts must be positive, got 0 and 2" in capsys.readouterr().err
 
 
 def test_texts_are_read_as_training_reads_them() -> None:

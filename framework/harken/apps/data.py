@@ -96,7 +96,7 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="padded audio of a batch in the plan (default: 60)",
     )
-    parser.add_argument("--buckets", type=int, default=30, metavar="N", help="of the plan (default: 30)")
+    parser.add_argument("--parts", type=int, default=2, metavar="N", help="rectangles of a batch (default: 2)")
 
 
 def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,12 +188,12 @@ def run_stats(args: argparse.Namespace) -> int:
     from harken.data.manifest import Manifest
     from harken.data.stats import describe, render
 
-    if args.max_seconds <= 0 or args.buckets < 1:
-        raise HarkenError(f"--max-seconds and --buckets must be positive, got {args.max_seconds:g} and {args.buckets}")
+    if args.max_seconds <= 0 or args.parts < 1:
+        raise HarkenError(f"--max-seconds and --parts must be positive, got {args.max_seconds:g} and {args.parts}")
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     found = []
     for path in args.manifests:
-        stats = describe(Manifest(path), max_seconds=args.max_seconds, buckets=args.buckets)
+        stats = describe(Manifest(path), max_seconds=args.max_seconds, parts=args.parts)
         found.append(stats.to_json())
         print(render(stats, unicode=unicode) + "\n")
     if args.out is not None:

@@ -1,9 +1,12 @@
-"""One micro-batch: its cuts read, cropped, augmented, padded and prepared. This runs in the loader's workers."""
+"""One batch, a part of a micro-batch: its cuts read, cropped, augmented, padded and prepared.
+
+This runs in the loader's workers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,24 +20,32 @@ from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
 from harken.data.manifest import Manifest
-from harken.data.plan import Selection
 from harken.data.read import Samples, UnreadableAudioError, read_cut
+from harken.data.selection import Selection
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
-Prepare = Callable[[Batch, Draws], Batch]
+Prepare = Callable[[Batch, Sequence[Draws]], Batch]
 SUBSTITUTES = 20  # cuts that are tried in the stead of one that cannot be read
 
 
 @dataclass(frozen=True)
 class Task:
-    """A micro-batch to be read: its epoch, its step in the epoch, its place in the step, its cuts' manifest places."""
+    """A batch to be read.
 
-    epoch: int
-    step: int
-    micro_batch: int
-    places: NDArray[np.int64]
+    places: `(B,)` of its cuts in the manifest. epochs: `(B,)` how often each was read before. number: of the batch
+    within its step over all ranks.
+    """
+
+    places: NDArray[np.integer]
+    epochs: NDArray[np.integer]
+    number: int = 0
+
+    @classmethod
+    def of(cls, places: NDArray[np.integer], epoch: int = 0, number: int = 0) -> Task:
+        """Return the task of cuts that are read in one epoch."""
+        return cls(places, np.full(len(places), epoch, dtype=np.int32), number)
 
 
 @dataclass(frozen=True)
@@ -66,12 +77,12 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
     max_seconds: float = math.inf
 
     def __getitem__(self, task: Task) -> Batch:
-        """Read, augment, pad and prepare a micro-batch."""
-        draws = Draws(self.seed, task.epoch)
+        """Read, augment, pad and prepare a batch."""
+        draws = [Draws(self.seed, int(epoch)) for epoch in task.epochs]
         notes: list[Note] = []
-        rows = [self._row(int(place), task, draws, notes) for place in task.places]
+        rows = [self._row(int(place), task, own, notes) for place, own in zip(task.places, draws, strict=True)]
         batch = collate(rows)
-        return self.prepare(replace(batch, notes=tuple(notes), micro_batch=task.micro_batch), draws)
+        return self.prepare(replace(batch, notes=tuple(notes), micro_batch=task.number), draws)
 
     def _row(self, place: int, task: Task, draws: Draws, notes: list[Note]) -> Row:
         """Read a cut, or in its stead the first readable one of a seeded sequence of others."""
@@ -93,7 +104,7 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
             f"run `harken data verify {self.manifest.path}`"
         )
 
-    def _substitutes(self, place: int, batch: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    def _substitutes(self, place: int, batch: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.integer]:
         """Draw other places of the selection whose cuts are no longer than the longest of the micro-batch.
 
         Where these are few, the next longer ones that the batch has room for follow. Which batch a cut is in follows
@@ -140,6 +151,6 @@ def collate(rows: list[Row]) -> Batch:
     )
 
 
-def as_it_is(batch: Batch, draws: Draws) -> Batch:
+def as_it_is(batch: Batch, draws: Sequence[Draws]) -> Batch:
     """Prepare nothing: for decoding and feature extraction."""
     return batch

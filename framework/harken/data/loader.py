@@ -1,61 +1,89 @@
-"""Loaders: this rank's micro-batches of each step, in the order of the plan, from any position."""
+"""Loaders: this rank's batches of each step, in the order of the plan, from any position."""
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from harken.config.schema import BatchConfig, DataConfig
 from harken.core.batch import Batch
-from harken.core.draws import Draws
-from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
 from harken.data.dataset import MicroBatches, Prepare, Task
 from harken.data.manifest import Manifest
-from harken.data.plan import Selection, make_plan, select
+from harken.data.order import EpochOrder, Planner, Position
+from harken.data.plan import Plan, rectangles
+from harken.data.reader import read_ahead
+from harken.data.selection import Selection, select
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a run is in its data: the next step to take. This is the whole state of sampling."""
+class Step:
+    """One rank's share of an optimiser step.
 
-    epoch: int = 0
-    step: int = 0
+    batches: to be learned from. idle: to be run without weight, for as many passes as the busiest rank makes. position:
+    where the run is after the step.
+    """
+
+    batches: list[Batch]
+    position: Position
+    idle: list[Batch] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which parts of a step a rank runs: numbers of parts in the plan, those to learn from and those to idle with."""
+
+    parts: list[int]
+    idle: list[int]
+
+
+def share_of(plan: Plan, step: int, rank: int, world_size: int, *, even: bool) -> Share:
+    """Return a rank's share of a step: every `world_size`-th micro-batch.
+
+    even: all ranks make equally many passes, as engines need that communicate in each. A rank without a micro-batch
+    makes one in any case. It idles with the step's smallest part.
+    """
+    first, last = step * plan.per_step, (step + 1) * plan.per_step
+    counts = np.diff(plan.bounds[first : last + 1])
+    passes = [int(counts[other::world_size].sum()) for other in range(world_size)]
+    parts = [
+        number
+        for slot in range(first + rank, last, world_size)
+        for number in range(int(plan.bounds[slot]), int(plan.bounds[slot + 1]))
+    ]
+    lacking = (max(passes) if even else 1) - len(parts)
+    if lacking <= 0:
+        return Share(parts, [])
+    rows = np.diff(plan.parts[plan.bounds[first] : plan.bounds[last] + 1])
+    return Share(parts, [int(plan.bounds[first] + rows.argmin())] * lacking)
 
 
 class TaskStream(Sampler[Task]):
-    """This rank's tasks from a position on, epoch after epoch without end."""
+    """This rank's tasks from a position on, without end."""
 
-    def __init__(
-        self, selection: Selection, batch: BatchConfig, seed: int, rank: int, world_size: int, start: Position
-    ) -> None:
-        if batch.micro_batches_per_step % world_size:
-            raise HarkenError(
-                f"`batch.seconds_per_step` / `batch.max_seconds` must be a multiple of the number of processes, "
-                f"got {batch.micro_batches_per_step} micro-batches and {world_size} processes"
-            )
-        self.selection, self.batch, self.seed = selection, batch, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
+    def __init__(self, planner: Planner, rank: int, world_size: int, start: Position, *, even: bool) -> None:
+        self.planner, self.rank, self.world_size, self.start, self.even = planner, rank, world_size, start, even
 
     def __iter__(self) -> Iterator[Task]:
-        epoch, first = self.start.epoch, self.start.step
+        position = self.start
         while True:
-            plan = make_plan(self.selection, self.batch, Draws(self.seed, epoch))
-            for step in range(first, plan.steps):
-                for slot in range(self.rank, plan.per_step, self.world_size):
-                    yield Task(epoch, step, slot, plan[step * plan.per_step + slot])
-            epoch, first = epoch + 1, 0
+            pool, plan = self.planner.segment(position.epoch, position.segment)
+            share = share_of(plan, position.step, self.rank, self.world_size, even=self.even)
+            begin = int(plan.bounds[position.step * plan.per_step])
+            for number in (*share.parts, *share.idle):
+                rows = plan.part(number)
+                yield Task(pool.places[rows], pool.epochs[rows], number - begin)
+            position = self.planner.after(position)
 
 
 class TrainLoader:
-    """Yields, for each step, the list of this rank's batches and the position after the step."""
+    """Yields this rank's share of each step.
+
+    even_passes: see `share_of`.
+    """
 
     def __init__(
         self,
@@ -67,9 +95,10 @@ class TrainLoader:
         hop: int,
         rank: int = 0,
         world_size: int = 1,
+        even_passes: bool = False,
     ) -> None:
         manifest = Manifest.filled(config.train)
-        self.config, self.batch, self.seed = config, batch, seed
+        self.config, self.even_passes = config, even_passes
         self.rank, self.world_size = rank, world_size
         slowest = min(config.speed, default=1.0)
         longest = config.max_seconds if not config.speed else min(config.max_seconds, batch.max_seconds * slowest)
@@ -78,6 +107,7 @@ class TrainLoader:
             self.selection = Selection(
                 self.selection.places, self.selection.seconds / np.float32(slowest), self.selection.dropped
             )
+        self.planner = Planner(EpochOrder.of(self.selection, batch, seed), batch, seed)
         self.dataset = MicroBatches(
             manifest,
             config,
@@ -89,23 +119,23 @@ class TrainLoader:
             batch.max_seconds * min(slowest, 1.0),
         )
 
-    def steps_in(self, epoch: int) -> int:
-        """Return the number of steps of an epoch."""
-        return make_plan(self.selection, self.batch, Draws(self.seed, epoch)).steps
+    def describe(self) -> str:
+        """Return one line: what is trained on and what was left out, and the steps of an epoch."""
+        about = "" if self.planner.order.segments(0) == 1 else "about "
+        return f"{self.selection.describe()}; {about}{self.planner.steps(0):.0f} steps an epoch"
 
-    def steps(self, start: Position) -> Iterator[tuple[list[Batch], Position]]:
+    def steps(self, start: Position) -> Iterator[Step]:
         """Iterate without end from a position; reaching the first batch costs the same wherever the position is."""
-        stream = TaskStream(self.selection, self.batch, self.seed, self.rank, self.world_size, start)
-        batches = _read(self.dataset, stream, self.config)
-        per_rank = self.batch.micro_batches_per_step // self.world_size
-        epoch, step = start.epoch, start.step
+        stream = TaskStream(self.planner, self.rank, self.world_size, start, even=self.even_passes)
+        batches = read_ahead(self.dataset, stream, self.config)
+        position = start
         while True:
-            total = self.steps_in(epoch)
-            while step < total:
-                micro_batches = [next(batches) for _ in range(per_rank)]
-                step += 1
-                yield micro_batches, Position(epoch, step) if step < total else Position(epoch + 1, 0)
-            epoch, step = epoch + 1, 0
+            _, plan = self.planner.segment(position.epoch, position.segment)
+            share = share_of(plan, position.step, self.rank, self.world_size, even=self.even_passes)
+            learned = [next(batches) for _ in share.parts]
+            idle = [next(batches) for _ in share.idle]
+            position = self.planner.after(position)
+            yield Step(learned, position, idle)
 
 
 class EvalLoader:
@@ -119,76 +149,32 @@ class EvalLoader:
     ) -> None:
         manifest = Manifest.filled(path)
         self.config, self.rank, self.world_size = replace(config, crop_seconds=None), rank, world_size
-        longest = float(np.asarray(manifest.seconds).max())
-        selection = select(np.asarray(manifest.seconds), 0.0, longest, None)
-        batch = BatchConfig(max_seconds=max(max_seconds, longest), seconds_per_step=max(max_seconds, longest))
-        self.plan = make_plan(selection, batch, Draws(0, 0), shuffle=False)
+        seconds = np.asarray(manifest.seconds)
+        longest = float(seconds.max())
+        self.batches = rectangles(seconds, max_seconds)
         self.dataset = MicroBatches(
-            manifest, self.config, prepare, 0, selection=selection, max_seconds=batch.max_seconds
+            manifest,
+            self.config,
+            prepare,
+            0,
+            selection=select(seconds, 0.0, longest, None),
+            max_seconds=max(max_seconds, longest),
         )
 
     def __len__(self) -> int:
         """Number of batches over all ranks."""
-        return len(self.plan)
+        return len(self.batches)
+
+    def _task(self, place: int) -> Task:
+        return Task.of(self.batches[min(place, len(self) - 1)])
 
     def first(self) -> Batch:
         """Read this rank's first batch in this process: the same on every rank when there are fewer than ranks."""
-        place = min(self.rank, len(self.plan) - 1)
-        return self.dataset[Task(0, place, 0, self.plan[place])]
+        return self.dataset[self._task(self.rank)]
 
     def __iter__(self) -> Iterator[tuple[Batch, bool]]:
-        """Yield (batch, counts): ranks get equally many; one that runs out repeats its last, which does not count."""
-        rounds = -(-len(self.plan) // self.world_size)
+        """Yield (batch, counts): ranks get equally many; one that runs out repeats the last, which does not count."""
+        rounds = -(-len(self) // self.world_size)
         places = [turn * self.world_size + self.rank for turn in range(rounds)]
-        tasks = [Task(0, place, 0, self.plan[min(place, len(self.plan) - 1)]) for place in places]
-        batches = _read(self.dataset, tasks, self.config)
-        return ((batch, place < len(self.plan)) for batch, place in zip(batches, places, strict=True))
-
-
-@dataclass(frozen=True)
-class _Spoken(torch.utils.data.Dataset[Batch | HarkenError]):
-    """Gives errors that are meant for the user as values: torch would wrap them in the worker's traceback."""
-
-    dataset: MicroBatches
-
-    def __getitem__(self, task: Task) -> Batch | HarkenError:
-        try:
-            return self.dataset[task]
-        except HarkenError as error:
-            return error
-
-
-def _read(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: DataConfig) -> Iterator[Batch]:
-    """Yield the batches of tasks in order, read by the workers.
-
-    Raises HarkenError as it was raised in a worker.
-    """
-    atexit.register(_kill_workers)
-    loader = DataLoader(
-        _Spoken(dataset),
-        batch_size=None,
-        sampler=tasks,
-        num_workers=config.workers,
-        prefetch_factor=config.prefetch_batches if config.workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        collate_fn=None,
-    )
-    for batch in loader:
-        if isinstance(batch, HarkenError):
-            raise batch
-        yield batch
-
-
-def _start_worker(worker: int) -> None:
-    """Workers leave the cores to the model, and leave signals to the main process, which saves and ends them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _kill_workers() -> None:
-    """End workers for good when the main process exits: they ignore the SIGTERM that Python would wait for."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would print a traceback for each
-    for child in multiprocessing.active_children():
-        child.kill()
+        batches = read_ahead(self.dataset, [self._task(place) for place in places], self.config)
+        return ((batch, place < len(self)) for batch, place in zip(batches, places, strict=True))

@@ -1,29 +1,36 @@
-"""The plan of an epoch: a list of micro-batches that is a pure function of (durations, batching, seed, epoch).
+"""The plan: a pool of cuts becomes steps of micro-batches, a pure function of (durations, batching, draws).
 
-Every rank computes the same plan; the position in it is the whole state of sampling.
+A micro-batch is one or a few rectangles ("parts"), each of cuts of nearly one length. One rectangle cannot be full:
+with 87.5 s and cuts of 15 s five fit and an eighth stays empty. The next rectangle fills that with shorter cuts. The
+parts of a micro-batch go through the model one after another, so the largest decides the memory.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harken.config.schema import BatchConfig
-from harken.core.draws import Draws
 from harken.core.errors import HarkenError
+
+SLACK = 0.02  # of a micro-batch may stay empty before it gets another part: passes cost, too
+MOST_FILLERS = 64  # rows of a second part that are tried
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Micro-batches of an epoch, grouped into steps.
+    """Micro-batches grouped into steps.
 
-    order: places in the manifest, micro-batch after micro-batch. bounds: `(M + 1,)`, where each micro-batch begins.
-    per_step: micro-batches of a step over all ranks; M is a multiple of it, so every step is whole on every rank.
+    order: `(C,)` places in the pool, part after part. parts: `(P + 1,)` where each part begins in `order`.
+    bounds: `(M + 1,)` where each micro-batch begins in `parts`. per_step: micro-batches of a step over all ranks; M is
+    a multiple of it.
     """
 
     order: NDArray[np.int64]
+    parts: NDArray[np.int64]
     bounds: NDArray[np.int64]
     per_step: int
 
@@ -32,101 +39,177 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the epoch."""
+        """Optimiser steps of the plan."""
         return len(self) // self.per_step
 
-    def __getitem__(self, micro_batch: int) -> NDArray[np.int64]:
-        """Return the manifest places of a micro-batch."""
-        return self.order[self.bounds[micro_batch] : self.bounds[micro_batch + 1]]
+    def part(self, number: int) -> NDArray[np.int64]:
+        """Return the places in the pool of a part, numbered through the plan."""
+        return self.order[self.parts[number] : self.parts[number + 1]]
+
+    def __getitem__(self, micro_batch: int) -> list[NDArray[np.int64]]:
+        """Return the places in the pool of each part of a micro-batch."""
+        return [self.part(number) for number in range(self.bounds[micro_batch], self.bounds[micro_batch + 1])]
+
+    def padded_seconds(self, seconds: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return `(P,)`: longest times count of each part, by the pool's `seconds`."""
+        longest = np.maximum.reduceat(seconds[self.order].astype(np.float64), self.parts[:-1])
+        padded: NDArray[np.float64] = longest * np.diff(self.parts)
+        return padded
+
+
+def make_plan(seconds: NDArray[np.float32], batch: BatchConfig, rng: np.random.Generator | None) -> Plan:
+    """Plan a pool of cuts that cost `seconds` `(C,)`, each exactly once.
+
+    rng: decides which cuts of nearly one length share a part, and the order of steps; None takes them by duration, the
+    shortest first. The micro-batches of a step have cuts of similar lengths, so ranks wait for none. What a whole step
+    lacks at the end is made by splitting micro-batches, never by dropping or repeating a cut.
+    Raises HarkenError when there are fewer cuts than micro-batches of a step.
+    """
+    by_length = _by_length(seconds, batch, rng)
+    shelf = Shelf(seconds[by_length], batch.max_seconds)
+    micro_batches = []
+    while (part := shelf.take_longest()) is not None:
+        micro_batches.append([part.rows])
+        room = 1.0 - part.share
+        while len(micro_batches[-1]) < batch.parts and room > SLACK:
+            filler = shelf.take_filling(room)
+            if filler is None:
+                break
+            micro_batches[-1].append(filler.rows)
+            room -= filler.share
+    per_step = batch.micro_batches_per_step
+    micro_batches = _whole_steps(micro_batches[::-1], per_step)
+    steps = [micro_batches[start : start + per_step] for start in range(0, len(micro_batches), per_step)]
+    if rng is not None:
+        steps = [steps[place] for place in rng.permutation(len(steps))]
+    return _packed([micro_batch for step in steps for micro_batch in step], by_length, per_step)
+
+
+def rectangles(seconds: NDArray[np.float32], max_seconds: float) -> list[NDArray[np.int64]]:
+    """Return every cut of a corpus once, by duration, in batches of one rectangle of padded audio each.
+
+    A cut that is longer than `max_seconds` is alone. For what is read whole and in no particular order: validation,
+    decoding, features, labels.
+    """
+    limit = max(max_seconds, float(seconds.max()))
+    plan = make_plan(seconds, BatchConfig(max_seconds=limit, seconds_per_step=limit, parts=1), None)
+    return [plan.part(number) for number in range(len(plan))]
+
+
+def _by_length(seconds: NDArray[np.float32], batch: BatchConfig, rng: np.random.Generator | None) -> NDArray[np.int64]:
+    """Return the cuts by duration, with noise: a cut moves by up to half of `batch.mixing` times a part's rows."""
+    order = np.argsort(seconds, kind="stable")
+    if rng is None:
+        return order
+    ordered = seconds[order].astype(np.float64)
+    window = batch.mixing * np.maximum(1.0, batch.max_seconds / ordered)
+    keys = np.arange(len(order)) + (rng.random(len(order)) - 0.5) * window
+    return order[np.argsort(keys, kind="stable")]
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The cuts of a manifest that are trained on: `places`, their padded cost in seconds; what was left out and why."""
+class Part:
+    """rows: places on the shelf. share: of what a micro-batch may hold, padding included."""
 
-    places: NDArray[np.int64]
-    seconds: NDArray[np.float32]
-    dropped: dict[str, tuple[int, float]]
-
-    def describe(self) -> str:
-        """Return one line: kept and dropped cuts and hours, and why."""
-        kept = f"kept {len(self.places)} cuts, {float(self.seconds.sum()) / 3600:.2f} h"
-        lost = [f"dropped {count} ({hours:.2f} h) {reason}" for reason, (count, hours) in self.dropped.items() if count]
-        return "; ".join([kept, *lost])
+    rows: list[int]
+    share: float
 
 
-def select(seconds: NDArray[np.float32], shortest: float, longest: float, crop: float | None) -> Selection:
-    """Choose cuts by duration; longer ones than `crop` cost `crop`.
+class Shelf:
+    """Cuts by duration, of which parts are taken until none is left.
 
-    Raises HarkenError when nothing is left.
+    seconds: nearly ascending. Taken ones are passed over through links to the next shorter one that is left
+    (union-find with path halving), so that a part costs about its rows.
     """
-    short = seconds < shortest
-    long = np.zeros_like(short) if crop else seconds > longest
-    keep = ~short & ~long
-    dropped = {
-        f"shorter than {shortest:g} s": (int(short.sum()), float(seconds[short].sum()) / 3600),
-        f"longer than {longest:g} s": (int(long.sum()), float(seconds[long].sum()) / 3600),
-    }
-    if not keep.any():
-        raise HarkenError(
-            f"none of {len(seconds)} cuts lies between `data.min_seconds` {shortest} and `data.max_seconds` {longest}"
-        )
-    cost = np.asarray(seconds[keep])
-    return Selection(np.flatnonzero(keep), np.minimum(cost, crop) if crop else cost, dropped)
+
+    def __init__(self, seconds: NDArray[np.float32], limit: float) -> None:
+        self.seconds: list[float] = seconds.astype(np.float64).tolist()
+        self.sorted: list[float] = np.sort(seconds.astype(np.float64)).tolist()
+        self.limit = limit
+        self._links = list(range(len(self.seconds) + 1))  # 0 is the end of the shelf; i + 1 stands for cut i
+
+    def _left(self, link: int) -> int:
+        links = self._links
+        while links[link] != link:
+            links[link] = links[links[link]]
+            link = links[link]
+        return link
+
+    def _take(self, rows: list[int]) -> list[int]:
+        for row in rows:
+            self._links[row + 1] = row
+        return rows
+
+    def take_longest(self) -> Part | None:
+        """Take as many of the longest cuts as fit; None when the shelf is empty."""
+        rows: list[int] = []
+        longest, link = 0.0, self._left(len(self.seconds))
+        while link:
+            widest = max(longest, self.seconds[link - 1])
+            if rows and widest * (len(rows) + 1) > self.limit:
+                break
+            longest = widest
+            rows.append(link - 1)
+            link = self._left(link - 1)
+        return Part(self._take(rows[::-1]), longest * len(rows) / self.limit) if rows else None
+
+    def take_filling(self, room: float) -> Part | None:
+        """Take rows that fill a share of a micro-batch best: as few as fill it, for long cuts are hard to place."""
+        best, best_gain = None, 0.0
+        for count in range(1, MOST_FILLERS + 1):
+            found = self._rows_up_to(room * self.limit / count, count)
+            if found is None:
+                break
+            total = sum(self.seconds[row] for row in found)
+            padded = count * max(self.seconds[row] for row in found)
+            gain = total - 2 * (padded - total)  # padding is worse than an empty place
+            if gain > best_gain:
+                best, best_gain = Part(found, padded / self.limit), gain
+            if best_gain > (room - SLACK / 4) * self.limit:
+                break
+        if best is not None:
+            self._take(best.rows)
+        return best
+
+    def _rows_up_to(self, longest: float, count: int) -> list[int] | None:
+        """Return `count` rows of at most `longest` seconds, near it; None where there are fewer."""
+        rows: list[int] = []
+        link = self._left(bisect_right(self.sorted, longest))
+        while link and len(rows) < count:
+            if self.seconds[link - 1] <= longest:
+                rows.append(link - 1)
+            link = self._left(link - 1)
+        return rows if len(rows) == count else None
 
 
-def make_plan(selection: Selection, batch: BatchConfig, draws: Draws, *, shuffle: bool = True) -> Plan:
-    """Plan an epoch: duration buckets, shuffled within, filled to `max_seconds` of padded audio, steps shuffled.
-
-    All micro-batches of a step come from one bucket where the bucket has enough, so ranks wait for none. The last
-    steps' missing micro-batches are made by splitting the largest, never by dropping or repeating a cut.
-    """
-    rng = draws.generator("plan")
-    count = len(selection.places)
-    jitter = rng.random(count) if shuffle else np.zeros(count)
-    # sorted by duration with a little noise: neighbours differ between epochs, padding hardly does
-    rank_noise = (jitter - 0.5) * count / max(1, batch.buckets)
-    by_length = np.argsort(_ranks(selection.seconds) + rank_noise, kind="stable")
-    pieces = _fill(by_length, selection.seconds, batch.max_seconds)
-    per_step = batch.micro_batches_per_step
-    pieces = _whole_steps(pieces, per_step)
-    steps = [pieces[start : start + per_step] for start in range(0, len(pieces), per_step)]
-    if shuffle:
-        steps = [steps[place] for place in rng.permutation(len(steps))]
-    flat = [piece for step in steps for piece in step]
-    bounds = np.cumsum([0, *map(len, flat)])
-    return Plan(selection.places[np.concatenate(flat)], bounds, per_step)
-
-
-def _ranks(seconds: NDArray[np.float32]) -> NDArray[np.float64]:
-    ranks = np.empty(len(seconds))
-    ranks[np.argsort(seconds, kind="stable")] = np.arange(len(seconds))
-    return ranks
-
-
-def _fill(order: NDArray[np.int64], seconds: NDArray[np.float32], limit: float) -> list[NDArray[np.int64]]:
-    """Cut an order into micro-batches whose padded audio (longest x count) stays within the limit."""
-    pieces, start, longest = [], 0, 0.0
-    costs = seconds[order]
-    for place, cost in enumerate(costs.tolist()):
-        if place > start and max(longest, cost) * (place - start + 1) > limit:
-            pieces.append(order[start:place])
-            start, longest = place, 0.0
-        longest = max(longest, cost)
-    pieces.append(order[start:])
-    return pieces
-
-
-def _whole_steps(pieces: list[NDArray[np.int64]], per_step: int) -> list[NDArray[np.int64]]:
+def _whole_steps(micro_batches: list[list[list[int]]], per_step: int) -> list[list[list[int]]]:
     """Split the largest micro-batches until their number is a multiple of `per_step`."""
-    pieces = list(pieces)
-    for _ in range(-len(pieces) % per_step):
-        largest = max(range(len(pieces)), key=lambda place: len(pieces[place]))
-        piece = pieces[largest]
-        if len(piece) < 2:
-            raise HarkenError(
-                f"{sum(map(len, pieces))} cuts cannot fill steps of {per_step} micro-batches: "
-                "lower `batch.seconds_per_step` or raise `batch.max_seconds`"
-            )
-        pieces[largest : largest + 1] = [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
-    return pieces
+    for _ in range(-len(micro_batches) % per_step):
+        largest = max(range(len(micro_batches)), key=lambda place: sum(map(len, micro_batches[place])))
+        micro_batches[largest : largest + 1] = _halves(micro_batches[largest], micro_batches, per_step)
+    return micro_batches
+
+
+def _halves(micro_batch: list[list[int]], micro_batches: list[list[list[int]]], per_step: int) -> list[list[list[int]]]:
+    first = micro_batch[0]
+    if len(micro_batch) > 1:
+        return [[first], micro_batch[1:]]
+    if len(first) < 2:
+        count = sum(len(part) for other in micro_batches for part in other)
+        raise HarkenError(
+            f"{count} cuts cannot fill steps of {per_step} micro-batches: "
+            "lower `batch.seconds_per_step` or raise `batch.max_seconds`"
+        )
+    middle = len(first) // 2
+    return [[first[:middle]], [first[middle:]]]
+
+
+def _packed(micro_batches: list[list[list[int]]], by_length: NDArray[np.int64], per_step: int) -> Plan:
+    parts = [part for micro_batch in micro_batches for part in micro_batch]
+    rows = np.fromiter((row for part in parts for row in part), dtype=np.int64, count=len(by_length))
+    return Plan(
+        order=by_length[rows],
+        parts=np.cumsum([0, *map(len, parts)]),
+        bounds=np.cumsum([0, *map(len, micro_batches)]),
+        per_step=per_step,
+    )

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harken.config.schema import BatchConfig
-from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.data.manifest import Manifest
 from harken.data.parallel import with_progress
-from harken.data.plan import make_plan, select
+from harken.data.plan import make_plan
+from harken.data.selection import select
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 MAX_BINS = 20
@@ -60,7 +60,7 @@ class Batches:
     """
 
     max_seconds: float
-    buckets: int
+    parts: int
     micro_batches: int
     cuts_a_batch: float
     padding: float
@@ -91,10 +91,10 @@ def length(seconds: float) -> str:
     return f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds / 60:.2f} min"
 
 
-def describe(manifest: Manifest, *, max_seconds: float = 60.0, buckets: int = 30) -> Stats:
+def describe(manifest: Manifest, *, max_seconds: float = 60.0, parts: int = 2) -> Stats:
     """Read the lines of a manifest once and count.
 
-    max_seconds, buckets: of the sampling plan (`batch.max_seconds`, `batch.buckets` of a run).
+    max_seconds, parts: of the sampling plan (`batch.max_seconds`, `batch.parts` of a run).
     Raises HarkenError for an empty manifest.
     """
     if not len(manifest):
@@ -112,7 +112,7 @@ def describe(manifest: Manifest, *, max_seconds: float = 60.0, buckets: int = 30
         speakers={name: total / 3600 for name, total in counted.speakers.most_common()},
         cuts_without_speaker=counted.without_speaker,
         sample_rates={str(rate): count for rate, count in counted.rates.most_common()},
-        batches=batches(seconds, max_seconds, buckets),
+        batches=batches(seconds, max_seconds, parts),
     )
 
 
@@ -154,23 +154,21 @@ def bin_edges(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     return edges
 
 
-def batches(seconds: NDArray[np.float32], max_seconds: float, buckets: int) -> Batches | None:
+def batches(seconds: NDArray[np.float32], max_seconds: float, parts: int) -> Batches | None:
     """Plan one epoch and measure it; None where every cut is longer than `max_seconds`."""
     too_long = int((seconds > max_seconds).sum())
     if too_long == len(seconds):
         return None
     selection = select(seconds, 0.0, max_seconds, None)
-    batch = BatchConfig(max_seconds=max_seconds, seconds_per_step=max_seconds, buckets=buckets)
-    plan = make_plan(selection, batch, Draws(0, 0))
-    ordered = seconds[plan.order].astype(np.float64)
-    longest = np.maximum.reduceat(ordered, plan.bounds[:-1])
-    padded = float((longest * np.diff(plan.bounds)).sum())
+    batch = BatchConfig(max_seconds=max_seconds, seconds_per_step=max_seconds, parts=parts)
+    plan = make_plan(selection.seconds, batch, np.random.default_rng(0))
+    padded = float(plan.padded_seconds(selection.seconds).sum())
     return Batches(
         max_seconds=max_seconds,
-        buckets=buckets,
+        parts=parts,
         micro_batches=len(plan),
-        cuts_a_batch=len(ordered) / len(plan),
-        padding=1 - float(ordered.sum()) / padded,
+        cuts_a_batch=len(selection) / len(plan),
+        padding=1 - float(selection.seconds.sum(dtype=np.float64)) / padded,
         fill=padded / (len(plan) * max_seconds),
         too_long=too_long,
     )
@@ -289,6 +287,6 @@ def _batches(plan: Batches | None) -> str:
         return "none: every cut is longer than --max-seconds"
     long = f"; {plan.too_long} cuts are longer and left out" if plan.too_long else ""
     return (
-        f"{plan.micro_batches} batches of {plan.cuts_a_batch:.1f} cuts for {plan.max_seconds:g} s and {plan.buckets} "
-        f"buckets: padding {100 * plan.padding:.1f}%, fill {100 * plan.fill:.1f}%{long}"
+        f"{plan.micro_batches} batches of {plan.cuts_a_batch:.1f} cuts for {plan.max_seconds:g} s in up to "
+        f"{plan.parts} parts: padding {100 * plan.padding:.1f}%, fill {100 * plan.fill:.1f}%{long}"
     )

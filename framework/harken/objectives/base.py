@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
@@ -17,8 +18,11 @@ from harken.encoders.backbone import Backbone
 class Prepare(Protocol):
     """The part of an objective without parameters: it runs in the loader's workers, so it is small and pickles."""
 
-    def __call__(self, batch: Batch, draws: Draws) -> Batch:
-        """Add masks, labels and tokens to `targets`, and set `num_targets`; every draw comes from `draws`."""
+    def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
+        """Add masks, labels and tokens to `targets`, and set `num_targets`.
+
+        Everything drawn for a row comes from its `draws`; rows may be of different epochs.
+        """
         ...
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +28,8 @@ from harken.encoders.backbone import Backbone
 from harken.encoders.base import Encoded
 from harken.nn.dropout import Dropout
 from harken.objectives.base import Objective
+
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ class CtcPrepare:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_tokenizer": None}
 
-    def __call__(self, batch: Batch, draws: Draws) -> Batch:
+    def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add `tokens` `(B, U)`, `token_lengths` and `weight` `(B,)`, and in training the masks.
 
         A transcript that needs more frames than there are gets weight 0 and a note.
@@ -126,32 +130,37 @@ class CtcPrepare:
             "token_lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64),
             "weight": torch.tensor(fits, dtype=torch.float32),
         }
-        if self.train and draws.epoch >= self.config.mask_from_epoch:
+        if self.train:
             targets.update(self._masks(batch, frames, draws))
         count = float(sum(len(sequence) for sequence, fit in zip(sequences, fits, strict=True) if fit))
         return replace(batch, targets={**batch.targets, **targets}, num_targets=count, notes=(*batch.notes, *notes))
 
-    def _masks(self, batch: Batch, frames: list[int], draws: Draws) -> dict[str, Tensor]:
+    def _masks(self, batch: Batch, frames: list[int], draws: Sequence[Draws]) -> dict[str, Tensor]:
+        """Draw each row's masks; a row of an epoch before `mask_from_epoch` stays whole."""
         own, size = self.config, int(self.spec.num_frames(batch.inputs.shape[1]))
+        masked = [own.mask_from_epoch <= drawn.epoch for drawn in draws]
+        if not any(masked):
+            return {}
+
+        def of_rows(width: int, purpose: str, draw: Callable[[int, np.random.Generator], Mask]) -> Tensor:
+            mask = torch.zeros(len(batch.ids), width, dtype=torch.bool)
+            for row in np.flatnonzero(masked):
+                drawn = draw(int(row), draws[row].generator(purpose, batch.ids[row]))
+                mask[row, : len(drawn)] = torch.from_numpy(drawn)
+            return mask
+
         masks: dict[str, Tensor] = {}
         if own.mask_probability:
             spans = SpanMask(probability=own.mask_probability, length=own.mask_length)
-            drawn = [
-                spans.draw(count, draws.generator("mask", cut)) for cut, count in zip(batch.ids, frames, strict=True)
-            ]
-            masks["mask"] = torch.from_numpy(np.stack([np.pad(row, (0, size - len(row))) for row in drawn]))
+            masks["mask"] = of_rows(size, "mask", lambda row, rng: spans.draw(frames[row], rng))
         if own.mask_channel_probability:
-            spans = SpanMask(probability=own.mask_channel_probability, length=own.mask_channel_length, at_least=0)
-            masks["channel_mask"] = torch.from_numpy(
-                np.stack([spans.draw(self.dim, draws.generator("channel mask", cut)) for cut in batch.ids])
-            )
+            few = SpanMask(probability=own.mask_channel_probability, length=own.mask_channel_length, at_least=0)
+            masks["channel_mask"] = of_rows(self.dim, "channel mask", lambda _, rng: few.draw(self.dim, rng))
         if own.band_masks and self.bands:
-            masks["band_mask"] = torch.from_numpy(
-                np.stack([self._band_mask(draws.generator("band mask", cut)) for cut in batch.ids])
-            )
+            masks["band_mask"] = of_rows(self.bands, "band mask", lambda _, rng: self._band_mask(rng))
         return masks
 
-    def _band_mask(self, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def _band_mask(self, rng: np.random.Generator) -> Mask:
         mask = np.zeros(self.bands or 0, dtype=np.bool_)
         for _ in range(self.config.band_masks):
             width = int(rng.integers(0, self.config.band_mask_width + 1))

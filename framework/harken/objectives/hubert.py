@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -71,13 +72,13 @@ class HubertPrepare:
     units: UnitReader
     unmasked_weight: float
 
-    def __call__(self, batch: Batch, draws: Draws) -> Batch:
+    def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add `labels` `(B, T, C)`, and `masked`, `unmasked`: positions of those frames in the flattened `(B * T)`."""
         lengths = self.spec.num_frames(batch.lengths).numpy()
         size = int(self.spec.num_frames(batch.inputs.shape[1]))
         masked = np.zeros((len(batch.ids), size), dtype=np.bool_)
-        for row, (cut, length) in enumerate(zip(batch.ids, lengths, strict=True)):
-            masked[row, :length] = self.mask.draw(int(length), draws.generator("mask", cut))
+        for row, (cut, length, own) in enumerate(zip(batch.ids, lengths, draws, strict=True)):
+            masked[row, :length] = self.mask.draw(int(length), own.generator("mask", cut))
         real = np.arange(size)[None, :] < lengths[:, None]
         labels = self.units.read(batch, size)
         targets = {

@@ -14,7 +14,7 @@ from harken.config.schema import RunConfig
 from harken.core import distributed, draws
 from harken.core.batch import Batch, Note
 from harken.core.errors import HarkenError
-from harken.data.loader import EvalLoader, Position, TrainLoader
+from harken.data.loader import EvalLoader, Step, TrainLoader
 from harken.engine.base import Engine
 from harken.optim.ema import WeightAverage
 from harken.optim.groups import RateScale, set_rates
@@ -60,10 +60,10 @@ def train(run: Run) -> str:
     saved = state.step
     while state.step < config.train.steps:
         waiting = time.perf_counter()
-        batches, position = next(steps)
+        step = next(steps)
         run.speed.waited += time.perf_counter() - waiting
-        _step(run, batches)
-        _advance(run, batches, position)
+        _step(run, step)
+        _advance(run, step)
         state.wall_seconds = wall_before + time.perf_counter() - started
         if state.step % config.log.every_steps == 0 or state.step == config.train.steps:
             left = (time.perf_counter() - started) / (state.step - first_step) * (config.train.steps - state.step)
@@ -112,17 +112,21 @@ def rehearse(run: Run) -> None:
         raise HarkenError(f"`checkpoint.metric` must be one of {', '.join(figures)}, got `{metric}`")
 
 
-def _step(run: Run, batches: list[Batch]) -> bool:
-    """Run a step's micro-batches of this rank and the optimiser; the gradient is that of the mean over all targets."""
-    config, state = run.config, run.state
+def _step(run: Run, step: Step) -> bool:
+    """Run this rank's batches of a step and the optimiser; the gradient is that of the mean over all targets."""
+    config, state, batches = run.config, run.state, step.batches
     # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter
     targets = distributed.sum_over_ranks([sum(batch.num_targets for batch in batches)])[0]
     set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
     losses = []
-    for place, batch in enumerate(batches):
+    passes = len(batches) + len(step.idle)
+    for place, batch in enumerate((*batches, *step.idle), start=1):
         draws.begin_micro_batch(config.seed, state.step, batch.micro_batch)
         loss = run.engine(batch)
-        run.engine.backward(loss.total / max(targets, 1.0), last=place == len(batches) - 1)
+        if place > len(batches):  # nothing to learn from: this rank only keeps in step with the others
+            run.engine.backward(loss.total * 0.0, last=place == passes)
+            continue
+        run.engine.backward(loss.total / max(targets, 1.0), last=place == passes)
         losses.append(loss.total.detach())
         run.meter.add(loss.metrics)
         run.speed.add(batch, run.flops(batch))
@@ -148,10 +152,10 @@ def _name_skipped(step: int, batches: list[Batch], losses: list[Tensor]) -> None
     say(f"WARNING step {step} skipped: its gradient is not finite; {cuts}")
 
 
-def _advance(run: Run, batches: list[Batch], position: Position) -> None:
-    state = run.state
+def _advance(run: Run, step: Step) -> None:
+    state, batches = run.state, step.batches
     state.step += 1
-    state.position = position
+    state.position = step.position
     rate = run.config.data.sample_rate
     notes = [note for batch in batches for note in batch.notes]
     rows, seconds, noted = distributed.sum_over_ranks(

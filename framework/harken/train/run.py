@@ -20,7 +20,8 @@ from harken.core.errors import HarkenError
 from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
 from harken.data.dataset import Prepare
-from harken.data.loader import EvalLoader, Position, TrainLoader
+from harken.data.loader import EvalLoader, TrainLoader
+from harken.data.order import Position
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
 from harken.engine.precision import resolved
 from harken.optim.ema import WeightAverage
@@ -92,9 +93,16 @@ def _run(run: Run) -> str:
 def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
     rank, world = distributed.rank(), distributed.world_size()
     loader = TrainLoader(
-        config.data, config.batch, prepare(True), seed=config.seed, hop=spec.stride, rank=rank, world_size=world
+        config.data,
+        config.batch,
+        prepare(True),
+        seed=config.seed,
+        hop=spec.stride,
+        rank=rank,
+        world_size=world,
+        even_passes=config.engine.zero_stage > 1,  # gradients or weights are sent in every pass
     )
-    say(f"training data {config.data.train}: {loader.selection.describe()}; {loader.steps_in(0)} steps an epoch")
+    say(f"training data {config.data.train}: {loader.describe()}")
     valid = None
     if config.data.valid is not None:
         valid = EvalLoader(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from harken.data.loader import Position
+from harken.data.order import Position
 
 
 @dataclass

@@ -22,14 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harken.config.schema import BatchConfig
 from harken.core.batch import Batch
-from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_folder, remove, write_json_atomic, write_text_atomic
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
-from harken.data.plan import make_plan, select
+from harken.data.plan import rectangles
 from harken.data.read import UnreadableAudioError, read_cut
 from harken.units.clusterer import Clusterer
 from harken.units.features import Features
@@ -110,14 +108,7 @@ def plan_layout(job: Job, features: Features) -> Layout:
     for number, path in enumerate(job.manifests):
         manifest = Manifest.filled(path)
         seconds = np.asarray(manifest.seconds)
-        limit = max(job.max_seconds, float(seconds.max()))
-        plan = make_plan(
-            select(seconds, 0.0, limit, None),
-            BatchConfig(max_seconds=limit, seconds_per_step=limit),
-            Draws(0, 0),
-            shuffle=False,
-        )
-        batches += [(number, plan[place]) for place in range(len(plan))]
+        batches += [(number, places) for places in rectangles(seconds, job.max_seconds)]
         for place, duration in enumerate(seconds.tolist()):
             entries.append(
                 (str(manifest.line(place)["id"]), int(features.spec.num_frames(round(duration * job.sample_rate))))
