@@ -20,6 +20,7 @@ from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
 from harken.data.manifest import Manifest
+from harken.data.mixture import Joined
 from harken.data.read import Samples, UnreadableAudioError, read_cut
 from harken.data.selection import Selection
 
@@ -67,7 +68,7 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
     max_seconds: padded audio that a micro-batch may hold, before `data.speed` slows it.
     """
 
-    manifest: Manifest
+    manifest: Manifest | Joined
     config: DataConfig
     prepare: Prepare
     seed: int

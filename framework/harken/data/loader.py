@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from harken.config.schema import BatchConfig, DataConfig
 from harken.core.batch import Batch
+from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
 from harken.data.dataset import MicroBatches, Prepare, Task
 from harken.data.manifest import Manifest
-from harken.data.order import EpochOrder, Planner, Position
+from harken.data.mixture import Joined, Leaf, is_mixture, read_mixture
+from harken.data.order import EpochOrder, Planner, Position, segments_of
 from harken.data.plan import Plan, rectangles
 from harken.data.reader import read_ahead
 from harken.data.selection import Selection, select
+from harken.data.shares import MixtureOrder, Source
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,13 @@ class Step:
     """One rank's share of an optimiser step.
 
     batches: to be learned from. idle: to be run without weight, for as many passes as the busiest rank makes. position:
-    where the run is after the step.
+    where the run is after the step. sources: seconds of each source of a mixture in the step, over all ranks.
     """
 
     batches: list[Batch]
     position: Position
     idle: list[Batch] = field(default_factory=list)
+    sources: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,13 @@ def share_of(plan: Plan, step: int, rank: int, world_size: int, *, even: bool) -
     """
     first, last = step * plan.per_step, (step + 1) * plan.per_step
     counts = np.diff(plan.bounds[first : last + 1])
-    passes = [int(counts[other::world_size].sum()) for other in range(world_size)]
+    passes = np.bincount(np.arange(plan.per_step) % world_size, weights=counts, minlength=world_size)
     parts = [
         number
         for slot in range(first + rank, last, world_size)
         for number in range(int(plan.bounds[slot]), int(plan.bounds[slot + 1]))
     ]
-    lacking = (max(passes) if even else 1) - len(parts)
+    lacking = (int(passes.max()) if even else 1) - len(parts)
     if lacking <= 0:
         return Share(parts, [])
     rows = np.diff(plan.parts[plan.bounds[first] : plan.bounds[last] + 1])
@@ -97,7 +102,10 @@ class TrainLoader:
         world_size: int = 1,
         even_passes: bool = False,
     ) -> None:
-        manifest = Manifest.filled(config.train)
+        leaves = read_mixture(config.train) if is_mixture(config.train) else []
+        manifest: Manifest | Joined = (
+            Joined(Path(config.train), [leaf.manifest for leaf in leaves]) if leaves else Manifest.filled(config.train)
+        )
         self.config, self.even_passes = config, even_passes
         self.rank, self.world_size = rank, world_size
         slowest = min(config.speed, default=1.0)
@@ -107,7 +115,8 @@ class TrainLoader:
             self.selection = Selection(
                 self.selection.places, self.selection.seconds / np.float32(slowest), self.selection.dropped
             )
-        self.planner = Planner(EpochOrder.of(self.selection, batch, seed), batch, seed)
+        self.mixture = _mixed(leaves, self.selection, batch, seed) if leaves else None
+        self.planner = Planner(self.mixture or EpochOrder.of(self.selection, batch, seed), batch, seed)
         self.dataset = MicroBatches(
             manifest,
             config,
@@ -120,7 +129,9 @@ class TrainLoader:
         )
 
     def describe(self) -> str:
-        """Return one line: what is trained on and what was left out, and the steps of an epoch."""
+        """Return what is trained on and what was left out, and the steps of an epoch or the shares of a mixture."""
+        if self.mixture is not None:
+            return "\n".join([f"{self.selection.describe()}; a mixture without epochs of", *self.mixture.describe()])
         about = "" if self.planner.order.segments(0) == 1 else "about "
         return f"{self.selection.describe()}; {about}{self.planner.steps(0):.0f} steps an epoch"
 
@@ -134,8 +145,37 @@ class TrainLoader:
             share = share_of(plan, position.step, self.rank, self.world_size, even=self.even_passes)
             learned = [next(batches) for _ in share.parts]
             idle = [next(batches) for _ in share.idle]
+            seconds = self._by_source(position)
             position = self.planner.after(position)
-            yield Step(learned, position, idle)
+            yield Step(learned, position, idle, seconds)
+
+    def _by_source(self, position: Position) -> dict[str, float]:
+        """Return what each source gives to a step over all ranks, in seconds."""
+        if self.mixture is None:
+            return {}
+        pool, plan = self.planner.segment(position.epoch, position.segment)
+        assert pool.sources is not None
+        first, last = position.step * plan.per_step, (position.step + 1) * plan.per_step
+        rows = plan.order[plan.parts[plan.bounds[first]] : plan.parts[plan.bounds[last]]]
+        names = [source.name for source in self.mixture.sources]
+        seconds = np.bincount(pool.sources[rows], weights=pool.seconds[rows], minlength=len(names))
+        return dict(zip(names, seconds.tolist(), strict=True))
+
+
+def _mixed(leaves: list[Leaf], selection: Selection, batch: BatchConfig, seed: int) -> MixtureOrder:
+    """Return the order of a mixture, in segments of about as many seconds as those of one corpus would have."""
+    ends = np.cumsum([len(leaf.manifest) for leaf in leaves])
+    sources, start = [], 0
+    for leaf, end in zip(leaves, np.searchsorted(selection.places, ends).tolist(), strict=True):
+        if start == end:
+            raise HarkenError(
+                f"`{leaf.name}` of the mixture has no cut between `data.min_seconds` and `data.max_seconds`"
+            )
+        rows = slice(start, end)
+        sources.append(Source(leaf.name, selection.places[rows], selection.seconds[rows], leaf.share, leaf.max_repeats))
+        start = end
+    total = sum(source.total for source in sources)
+    return MixtureOrder(sources, seed, total / segments_of(selection.seconds, batch))
 
 
 class EvalLoader:

@@ -7,8 +7,8 @@ that what is lost at its end does not matter.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from harken.data.selection import Selection
 
 SEGMENT_CUTS = 2**17
 SEGMENT_STEPS = 100  # at least: a segment's last step may be filled poorly
+KEPT_SEGMENTS = 3  # of the readers, of the loop behind them, and the next
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,13 @@ class Pool:
     """The cuts of a segment.
 
     places: `(C,)` in the manifest. epochs: `(C,)` how often each was read before, which seeds its draws. seconds:
-    `(C,)` what each costs.
+    `(C,)` what each costs. sources: `(C,)` which source of a mixture each is of, None without a mixture.
     """
 
     places: NDArray[np.integer]
     epochs: NDArray[np.int32]
     seconds: NDArray[np.float32]
+    sources: NDArray[np.int16] | None = None
 
 
 class Order(Protocol):
@@ -94,26 +96,53 @@ def segments_of(seconds: NDArray[np.float32], batch: BatchConfig) -> int:
 
 
 class Planner:
-    """The plans of an order, one segment at a time; the last few are kept, for readers run ahead of the loop."""
+    """The plans of an order, one segment at a time.
+
+    The last few are kept, for readers run ahead of the loop; the next is made in a thread from the middle of a segment
+    on, so that the loop does not wait for it.
+    """
 
     def __init__(self, order: Order, batch: BatchConfig, seed: int) -> None:
         self.order, self.batch, self.seed = order, batch, seed
-        self.segment = lru_cache(maxsize=2)(self._segment)
+        self._plans: dict[tuple[int, int], Future[tuple[Pool, Plan]]] = {}
+        self._thread: ThreadPoolExecutor | None = None
 
-    def _segment(self, epoch: int, segment: int) -> tuple[Pool, Plan]:
+    def segment(self, epoch: int, segment: int) -> tuple[Pool, Plan]:
+        """Return the cuts of a segment and their plan."""
+        future = self._plans.get((epoch, segment))
+        if future is None:
+            future = Future()
+            future.set_result(self._plan(epoch, segment))
+            self._keep((epoch, segment), future)
+        return future.result()
+
+    def _plan(self, epoch: int, segment: int) -> tuple[Pool, Plan]:
         pool = self.order.pool(epoch, segment)
         rng = Draws(self.seed, epoch).generator("plan", str(segment) if segment else "")
         return pool, make_plan(pool.seconds, self.batch, rng)
 
+    def _keep(self, place: tuple[int, int], future: Future[tuple[Pool, Plan]]) -> None:
+        self._plans[place] = future
+        while len(self._plans) > KEPT_SEGMENTS:
+            del self._plans[next(iter(self._plans))]
+
+    def _prepare(self, epoch: int, segment: int) -> None:
+        if (epoch, segment) not in self._plans:
+            self._thread = self._thread or ThreadPoolExecutor(1, "plan")
+            self._keep((epoch, segment), self._thread.submit(self._plan, epoch, segment))
+
     def after(self, position: Position) -> Position:
         """Return where a run is after the step at a position."""
         _, plan = self.segment(position.epoch, position.segment)
+        segments = self.order.segments(position.epoch)
+        following = Position(position.epoch, position.segment + 1)
+        if segments is not None and following.segment >= segments:
+            following = Position(position.epoch + 1)
+        if position.step == plan.steps // 2:
+            self._prepare(following.epoch, following.segment)
         if position.step + 1 < plan.steps:
             return Position(position.epoch, position.segment, position.step + 1)
-        segments = self.order.segments(position.epoch)
-        if segments is None or position.segment + 1 < segments:
-            return Position(position.epoch, position.segment + 1)
-        return Position(position.epoch + 1)
+        return following
 
     def steps(self, epoch: int) -> float:
         """Return the steps of an epoch: exact when it has one segment, else by its first; infinite without an end."""

@@ -184,24 +184,27 @@ class Shelf:
 
 def _whole_steps(micro_batches: list[list[list[int]]], per_step: int) -> list[list[list[int]]]:
     """Split the largest micro-batches until their number is a multiple of `per_step`."""
-    for _ in range(-len(micro_batches) % per_step):
-        largest = max(range(len(micro_batches)), key=lambda place: sum(map(len, micro_batches[place])))
-        micro_batches[largest : largest + 1] = _halves(micro_batches[largest], micro_batches, per_step)
+    while (lacking := -len(micro_batches) % per_step) > 0:
+        sizes = np.array([sum(map(len, micro_batch)) for micro_batch in micro_batches])
+        largest = set(np.argsort(-sizes, kind="stable")[:lacking].tolist())
+        if sizes.max() < 2:
+            raise HarkenError(
+                f"{sizes.sum()} cuts cannot fill steps of {per_step} micro-batches: "
+                "lower `batch.seconds_per_step` or raise `batch.max_seconds`"
+            )
+        micro_batches = [
+            half
+            for place, whole in enumerate(micro_batches)
+            for half in (_halves(whole) if place in largest and sizes[place] > 1 else [whole])
+        ]
     return micro_batches
 
 
-def _halves(micro_batch: list[list[int]], micro_batches: list[list[list[int]]], per_step: int) -> list[list[list[int]]]:
-    first = micro_batch[0]
-    if len(micro_batch) > 1:
-        return [[first], micro_batch[1:]]
-    if len(first) < 2:
-        count = sum(len(part) for other in micro_batches for part in other)
-        raise HarkenError(
-            f"{count} cuts cannot fill steps of {per_step} micro-batches: "
-            "lower `batch.seconds_per_step` or raise `batch.max_seconds`"
-        )
-    middle = len(first) // 2
-    return [[first[:middle]], [first[middle:]]]
+def _halves(micro_batch: list[list[int]]) -> list[list[list[int]]]:
+    first, *further = micro_batch
+    if further:
+        return [[first], further]
+    return [[first[: len(first) // 2]], [first[len(first) // 2 :]]]
 
 
 def _packed(micro_batches: list[list[list[int]]], by_length: NDArray[np.int64], per_step: int) -> Plan:

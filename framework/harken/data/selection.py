@@ -49,6 +49,7 @@ def select(seconds: NDArray[np.float32], shortest: float, longest: float, crop: 
             f"none of {len(seconds)} cuts lies between `data.min_seconds` {shortest} and `data.max_seconds` {longest}"
         )
     # places in 4 bytes where they fit: of a hundred million cuts that is 400 MB less
-    places = np.flatnonzero(keep).astype(np.int32 if len(seconds) < 2**31 else np.int64)
+    found = np.flatnonzero(keep)
+    places: NDArray[np.integer] = found.astype(np.int32) if len(seconds) < 2**31 else found
     cost = seconds if len(places) == len(seconds) else seconds[keep]
     return Selection(places, np.minimum(cost, np.float32(crop)) if crop else cost, dropped)

@@ -144,8 +144,8 @@ class CtcPrepare:
 
         def of_rows(width: int, purpose: str, draw: Callable[[int, np.random.Generator], Mask]) -> Tensor:
             mask = torch.zeros(len(batch.ids), width, dtype=torch.bool)
-            for row in np.flatnonzero(masked):
-                drawn = draw(int(row), draws[row].generator(purpose, batch.ids[row]))
+            for row in np.flatnonzero(masked).tolist():
+                drawn = draw(row, draws[row].generator(purpose, batch.ids[row]))
                 mask[row, : len(drawn)] = torch.from_numpy(drawn)
             return mask
 

@@ -156,6 +156,8 @@ def _advance(run: Run, step: Step) -> None:
     state, batches = run.state, step.batches
     state.step += 1
     state.position = step.position
+    for source, seconds in step.sources.items():
+        state.seconds_by_source[source] = state.seconds_by_source.get(source, 0.0) + seconds
     rate = run.config.data.sample_rate
     notes = [note for batch in batches for note in batch.notes]
     rows, seconds, noted = distributed.sum_over_ranks(
@@ -189,10 +191,11 @@ def _log(run: Run, left: float) -> None:
     figures["gradient_norm"] = run.engine.grad_norm
     figures["learning_rate"] = run.schedule(run.state.step - 1)
     figures.update(run.speed.read())
+    by_source = {f"hours/{name}": seconds / 3600 for name, seconds in run.state.seconds_by_source.items()}
     run.log.write(
         "train",
         run.state.step,
-        figures,
+        {**figures, **by_source},
         epoch=run.state.position.epoch,
         hours=run.state.seconds / 3600,
         wall=run.state.wall_seconds,

@@ -16,6 +16,7 @@ class TrainState:
     wall_seconds: time spent training. skipped_steps: those whose gradient was not finite. cuts_read: over all ranks
     and epochs. noted: {kind: {cut id: reason}} of cuts that were replaced or left out. best_score: the best
     finite validation score so far. validations_without_best: since then. fingerprint: what the targets are made of.
+    seconds_by_source: audio of each source of a mixture.
     There is no random state in it: every draw is a function of the seed and the position.
     """
 
@@ -29,6 +30,7 @@ class TrainState:
     best_score: float | None = None
     validations_without_best: int = 0
     fingerprint: dict[str, str] = field(default_factory=dict)
+    seconds_by_source: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
