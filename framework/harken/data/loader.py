@@ -130,6 +130,18 @@ class TrainLoader:
 
     def describe(self) -> str:
         """Return what is trained on and what was left out, and the steps of an epoch or the shares of a mixture."""
+        return f"{self._describe()}{self._unbalanced()}"
+
+    def _unbalanced(self) -> str:
+        count = self.planner.batch.micro_batches_per_step
+        if count % self.world_size == 0:
+            return ""
+        return (
+            f"\nWARNING {count} micro-batches of a step over {self.world_size} processes: some are idle for a part of "
+            "each step; let `batch.seconds_per_step` be `batch.max_seconds` x processes x a whole number"
+        )
+
+    def _describe(self) -> str:
         if self.mixture is not None:
             return "\n".join([f"{self.selection.describe()}; a mixture without epochs of", *self.mixture.describe()])
         about = "" if self.planner.order.segments(0) == 1 else "about "
