@@ -13,6 +13,7 @@ from harken.core.errors import HarkenError
 # one line a verb here, so that `harken --help` imports none of them
 VERBS = {
     "train": "pretrain, fine-tune or distil: the configuration decides",
+    "bench": "measure what limits a run, reading or computing",
     "config": "print a resolved configuration and where each value came from",
     "data": "scan, index, verify and describe manifests; make tokenizers",
     "units": "fit clusterers, label audio, check labels",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -147,7 +147,7 @@ class TrainLoader:
         about = "" if self.planner.order.segments(0) == 1 else "about "
         return f"{self.selection.describe()}; {about}{self.planner.steps(0):.0f} steps an epoch"
 
-    def steps(self, start: Position) -> Iterator[Step]:
+    def steps(self, start: Position) -> Generator[Step, None, None]:
         """Iterate without end from a position; reaching the first batch costs the same wherever the position is."""
         stream = TaskStream(self.planner, self.rank, self.world_size, start, even=self.even_passes)
         batches = read_ahead(self.dataset, stream, self.config)
