@@ -47,11 +47,11 @@ def test_gradients_do_not_depend_on_the_number_of_processes(steps, case: str, ze
     records = {world: torch.load(folder / f"{case}-{zero_stage}.pt") for world, folder in steps.items()}
     alone = records[1]
     assert alone["applied"]
-    assert len(alone["lengths"]) == 8
+    assert len(alone["lengths"]) > 8, "eight micro-batches, some of two parts"
     assert len({length for row in alone["lengths"] for length in row}) > 8, "the batch must be ragged"
     for world in WORLDS[1:]:
         record = records[world]
-        assert len(record["lengths"]) == 8 // world
+        assert 8 // world <= len(record["lengths"]) < len(alone["lengths"])
         assert record["gradients"].keys() == alone["gradients"].keys()
         flat, expected = (torch.cat([value.flatten() for value in r["gradients"].values()]) for r in (record, alone))
         error = relative_error(flat, expected)

@@ -105,7 +105,7 @@ def final_state(exp: Path, steps: int) -> dict[str, Any]:
 
 def assert_equal_runs(a: Path, b: Path, steps: int) -> None:
     first, second = final_state(a, steps), final_state(b, steps)
-    assert len(first["samples"]) == steps * 8
+    assert len(first["samples"]) >= steps * 8, "eight micro-batches a step, of one part or two"
     assert differences(first, second) == []
 
 
@@ -144,7 +144,7 @@ def test_a_restart_changes_no_bit(runs: Path, case, workers: int) -> None:
     halves = runs / f"{run_name(case)}-{workers}"
     kinds = [json.loads(line)["kind"] for line in (halves / "metrics.jsonl").read_text().splitlines()]
     assert kinds == ["valid", "train", "valid"]
-    assert len(final_state(halves, STEPS)["samples"]) == STEPS * 8
+    assert {step for step, _ in final_state(halves, STEPS)["samples"]} == set(range(1, STEPS + 1))
     assert_equal_runs(runs / f"{run_name(case)}-whole", halves, STEPS)
 
 
