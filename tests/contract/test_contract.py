@@ -18,7 +18,7 @@ from harken.config.load import from_dict, load, to_yaml
 from harken.config.registry import available, build
 from harken.config.schema import RunConfig
 from harken.core.batch import Batch
-from harken.core.draws import Draws
+from harken.core.draws import Draws, begin_micro_batch
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
 from harken.data.read import read_cut
@@ -181,6 +181,36 @@ def test_the_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(combin
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any(), f"{name} has a gradient of zeros"
+
+
+def test_gradients_come_in_one_order_whatever_the_batch(combination, rows) -> None:
+    """ZeRO 2 adds up ranks' gradients in the order in which they come; ranks have different batches."""
+    _, model, prepare = combination
+    model.train()
+    arrived: list[str] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+        for name, parameter in model.named_parameters()
+    ]
+    orders = {}
+    for kind, batch in {
+        "ragged": collate(rows),
+        "one row": collate(rows[:1]),
+        "equal rows": collate([rows[0], rows[0]]),
+        "padded row": pad(collate(rows[1:2]), 8000),
+    }.items():
+        arrived.clear()
+        begin_micro_batch(1, 0, 0)
+        model.zero_grad()
+        model(drawn(prepare, batch)).total.backward()
+        orders[kind] = list(arrived)
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    for kind, order in orders.items():
+        assert order == orders["ragged"], (
+            f"{kind}: {[a for a, b in zip(order, orders['ragged'], strict=True) if a != b]}"
+        )
 
 
 def test_padding_does_not_change_an_utterances_loss(combination, rows) -> None:

@@ -14,7 +14,7 @@ from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
 from harken.frontends.base import Frontend
-from harken.nn.gradients import scale_gradient
+from harken.nn.gradients import scale_and_shift, scale_gradient
 from harken.nn.masked import normalise_over_time
 
 
@@ -68,7 +68,7 @@ class ChannelNorm(nn.Module):
         if lengths is None:
             return functional.group_norm(x, x.shape[1], self.weight, self.bias)
         y = normalise_over_time(x.float().transpose(1, 2), lengths)
-        return (y * self.weight + self.bias).transpose(1, 2)
+        return scale_and_shift(y, self.weight, self.bias).transpose(1, 2)
 
 
 class LastAxisNorm(nn.LayerNorm):
