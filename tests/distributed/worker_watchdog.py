@@ -2,8 +2,8 @@
 
 usage: worker_watchdog.py PLAN.json, a list of {"name": NAME, "processes": N, "config": CONFIG, "exp": EXP, "trouble":
 TROUBLE, "limit": SECONDS}: each is run by N forked processes, of which TROUBLE befalls the last one in its third step.
-Beside the plan it writes NAME.json, {"ended": {rank: [exit status, seconds from the start]}, "halted": {rank: seconds}},
-with null for a rank that had not ended after SECONDS and was killed, and NAME.rankN.err, what the rank wrote to stderr.
+Beside the plan it writes NAME.rankN.err, what a rank wrote to stderr, and NAME.json, {"ended": {rank: [exit status,
+seconds from the start]}, "halted": {rank: seconds}}, with null for a rank that was killed after SECONDS.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Troubled:
             if self.trouble == "worker killed":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            class Local(Exception):
+            class LocalError(Exception):
                 """Cannot be pickled: nobody finds its class by name."""
 
-            raise Local("no way home")
+            raise LocalError("no way home")
         return self.prepare(batch, draws)
 
 

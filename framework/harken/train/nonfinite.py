@@ -26,7 +26,7 @@ def name_skipped(engine: Engine, seed: int, step: int, batches: Sequence[Batch],
     progress.note("diagnose")
     bad = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(float(loss))]
     ids = distributed.gather([cut for batch in bad for cut in batch.ids])
-    weights = distributed.gather(_weights_not_finite(engine.model))
+    weights = list(dict.fromkeys(distributed.gather(_weights_not_finite(engine.model))))
     if weights:
         cause = f"weights that are not finite: {_some(weights)}"
     elif ids:
