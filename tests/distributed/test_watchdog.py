@@ -161,3 +161,4 @@ def test_an_exception_that_cannot_be_pickled_ends_the_run_with_its_cuts(runs: Pa
     assert ended[0][0] == 1
     assert "RuntimeError: preparing cuts train-0" in errors[0]
     assert "failed with LocalError: no way home" in errors[0]
+    assert "loader died" not in errors[0]

@@ -3,7 +3,7 @@
 usage: worker_nonfinite.py PLAN.json, a list of {"processes": N, "jobs": [[CONFIG, EXP, POISON, WHERE], ...]}: the jobs
 of an entry run one after the other in N new processes. POISON is `cut` (the first block's output is NaN where the batch
 holds the cut WHERE), `audio` (the samples of the cut WHERE are NaN), `weight` (after step WHERE, once, a weight becomes
-NaN), `steps` (from step WHERE on every loss is NaN), or nothing. Rank 0 writes how a run ended, or its error, to EXP.json.
+NaN), `steps` (from step WHERE on every loss is NaN), or nothing. Rank 0 writes how a run ended, or its error: EXP.json.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Watchdog:
     def explain(self, error: Exception) -> None:
         """Leave word of the error this rank ends with; when it is another rank's end, say whose."""
         last = progress.readings()
-        if "DataLoader worker" in str(error) and last:
+        if "DataLoader worker (pid" in str(error) and last:  # torch's words for one that was killed
             read = ", ".join(f"process {item.process}: {item.what}" for item in last[:20])
             _shout(f"harken: a worker of rank {self.hearts.rank}'s loader died; what its workers read last: {read}")
         lost = distributed.lost_another(error)
