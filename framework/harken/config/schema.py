@@ -118,6 +118,12 @@ class TrainConfig:
     """Steps from one validation to the next; the last step is followed by one in any case."""
     patience: int = 0
     """Stop after this many validations without a better `checkpoint.metric`; 0 never stops."""
+    max_skipped_steps: int = 20
+    """Steps skipped in a row, their gradient not finite, after which the run goes back to the newest checkpoint from
+    before them and on with the data after them; at once when a weight is not finite. 0 never goes back. More than the
+    16 skipped steps in which fp16 halves its first loss scale, 65536, down to 1."""
+    max_rollbacks: int = 3
+    """Times that a run goes back so before it ends with an error."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, used for validation and saved beside them; 0 is off."""
 
@@ -126,7 +132,7 @@ class TrainConfig:
             self,
             "train",
             positive=("steps", "valid_every_steps"),
-            not_negative=("clip_norm", "patience"),
+            not_negative=("clip_norm", "patience", "max_skipped_steps", "max_rollbacks"),
             shares=("ema_decay",),
         )
 
@@ -152,7 +158,8 @@ class EngineConfig:
     """What ZeRO reduces and gathers at a time: DeepSpeed's `reduce_bucket_size` and `allgather_bucket_size`, which
     count numbers, of float32 four bytes each."""
     timeout_seconds: int = 600
-    """How long a rank waits for another before the run ends with an error."""
+    """How long a run may make no progress before it is ended, its stacks are written and the rank is named that the
+    others wait for; three times as long until the first step is over, while validating and while saving."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Keys of DeepSpeed's own configuration, merged over what harken makes of the fields above."""
 

@@ -62,6 +62,12 @@ def gather(items: Sequence[_T]) -> list[_T]:
     return [item for box in boxes for item in box]
 
 
+def lost_another(error: BaseException) -> bool:
+    """Whether an exception tells that another rank is lost: its connection is closed, or it did not answer in time."""
+    # gloo raises plain RuntimeErrors that begin with the file of its source they come from
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

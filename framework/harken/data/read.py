@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from harken.core import progress
+
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
@@ -25,7 +27,8 @@ def read_cut(cut: Cut, sample_rate: int) -> Samples:
     Raises UnreadableAudioError, naming the cut and its file.
     """
     try:
-        audio = cut.load_audio()
+        with progress.reading(f"{_source(cut)} (cut `{cut.id}`)"):
+            audio = cut.load_audio()
     except Exception as error:  # every backend of Lhotse raises its own kinds; all mean the same here
         raise UnreadableAudioError(
             f"cut `{cut.id}` ({_source(cut)}) cannot be read: {reason(error, _file(cut))}"

@@ -16,11 +16,14 @@ class Engine(Protocol):
     """Runs a model on this process's device and keeps its optimiser in step with the other ranks.
 
     model: the bare module. optimizer: its `param_groups` carry the learning rates. grad_norm: of the last step.
+    bad_gradients: the parameters whose gradient was not finite in a step that was skipped last, the first that the
+    backward pass reached first; none where the engine keeps no whole gradients.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     grad_norm: float
+    bad_gradients: list[str]
 
     def __call__(self, batch: Batch) -> Loss:
         """Run the objective on a batch."""

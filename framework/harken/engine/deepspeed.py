@@ -8,7 +8,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.files import write_json_atomic
 from harken.core.loss import Loss
+from harken.engine.watchdog import collective_timeout
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 TAG = "engine"
@@ -42,7 +42,7 @@ def start_processes(config: EngineConfig) -> torch.device:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=config.timeout_seconds)
+        timeout = collective_timeout(config.timeout_seconds)
         if world == 1 and "MASTER_PORT" not in os.environ:
             store = HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -136,6 +136,7 @@ class DeepSpeedEngine:
         self.model: nn.Module = self._engine.module
         self.device = distributed.device()
         self.grad_norm = 0.0
+        self.bad_gradients: list[str] = []
 
     def __call__(self, batch: Batch) -> Loss:
         """Run the objective on a batch, under autocast where the precision asks for it."""
@@ -173,12 +174,22 @@ class DeepSpeedEngine:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         self.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf))
         if not math.isfinite(self.grad_norm):
+            self.bad_gradients = self._gradients_not_finite()
             if scaler is not None:
                 scaler.update()  # it saw the overflow: the next loss is scaled by less
             self._engine.zero_grad()
             return False
         self._engine.step()
         return True
+
+    def _gradients_not_finite(self) -> list[str]:
+        """Name the parameters with such gradients, those near the loss first: the trouble spreads from there."""
+        found = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        ]
+        return found[::-1]
 
     def _step_partitioned(self) -> bool:
         self._engine.step()  # DeepSpeed skips it when the norm is not finite

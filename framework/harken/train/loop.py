@@ -8,10 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from harken.config.schema import RunConfig
-from harken.core import distributed, draws
+from harken.core import distributed, draws, progress
 from harken.core.batch import Batch, Note
 from harken.core.errors import HarkenError
 from harken.data.loader import EvalLoader, Step, TrainLoader
@@ -22,6 +20,8 @@ from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
 from harken.train.log import RunLog, duration, say
 from harken.train.metrics import Meter
+from harken.train.nonfinite import name_skipped
+from harken.train.rollback import due, roll_back
 from harken.train.signals import StopRequest
 from harken.train.speed import Speedometer
 from harken.train.state import TrainState
@@ -49,6 +49,7 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     meter: Meter = field(default_factory=Meter)
     stop: StopRequest = field(default_factory=StopRequest)
+    weights_lost: bool = False
 
 
 def train(run: Run) -> str:
@@ -57,14 +58,19 @@ def train(run: Run) -> str:
     started, wall_before, first_step = time.perf_counter(), state.wall_seconds, state.step
     run.engine.model.train()
     steps = run.loader.steps(state.position)
-    saved = state.step
+    saved, save_due = state.step, False
     while state.step < config.train.steps:
         waiting = time.perf_counter()
+        progress.note("data", step=state.step + 1)
         step = next(steps)
         run.speed.waited += time.perf_counter() - waiting
         _step(run, step)
         _advance(run, step)
         state.wall_seconds = wall_before + time.perf_counter() - started
+        if due(config.train, state, weights_lost=run.weights_lost):
+            roll_back(run.checkpoints, run.engine, run.average, state)
+            run.meter, run.weights_lost, first_step = Meter(), False, min(first_step, state.step)
+            continue
         if state.step % config.log.every_steps == 0 or state.step == config.train.steps:
             left = (time.perf_counter() - started) / (state.step - first_step) * (config.train.steps - state.step)
             _log(run, left)
@@ -75,15 +81,17 @@ def train(run: Run) -> str:
         ):
             score, give_up = _validate(run)
         stopping = run.stop.agreed()
+        save_due |= state.step % config.checkpoint.every_steps == 0
         if (
-            state.step % config.checkpoint.every_steps == 0
+            (save_due and not state.skipped_in_a_row)  # skipped steps must not push out what to roll back to
             or state.step == config.train.steps
             or stopping
             or give_up
             or score is not None
         ):
+            progress.note("save")
             run.checkpoints.save(run.engine, state, run.average, score)
-            saved = state.step
+            saved, save_due = state.step, False
         run.speed.excluded += time.perf_counter() - excluded
         if stopping:
             say(f"asked to stop: saved step {saved}; the same command continues from there")
@@ -115,6 +123,7 @@ def rehearse(run: Run) -> None:
 def _step(run: Run, step: Step) -> bool:
     """Run this rank's batches of a step and the optimiser; the gradient is that of the mean over all targets."""
     config, state, batches = run.config, run.state, step.batches
+    progress.note("forward", ids=(*batches, *step.idle)[0].ids)
     # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter
     targets = distributed.sum_over_ranks([sum(batch.num_targets for batch in batches)])[0]
     set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
@@ -122,7 +131,9 @@ def _step(run: Run, step: Step) -> bool:
     passes = len(batches) + len(step.idle)
     for place, batch in enumerate((*batches, *step.idle), start=1):
         draws.begin_micro_batch(config.seed, state.step, batch.micro_batch)
+        progress.note("forward", ids=batch.ids)
         loss = run.engine(batch)
+        progress.note("backward")
         if place > len(batches):  # nothing to learn from: this rank only keeps in step with the others
             run.engine.backward(loss.total * 0.0, last=place == passes)
             continue
@@ -131,25 +142,18 @@ def _step(run: Run, step: Step) -> bool:
         run.meter.add(loss.metrics)
         run.speed.add(batch, run.flops(batch))
         run.log.samples(state.step + 1, batch)
+    progress.note("step")
     applied = run.engine.step()
     if applied:
+        state.skipped_in_a_row, state.rolled_back_to = 0, None
         if run.average is not None:
             run.average.update(run.engine.model)
         run.after_step(state.step + 1)
     else:
         state.skipped_steps += 1
-        _name_skipped(state.step + 1, batches, losses)
+        state.skipped_in_a_row += 1
+        run.weights_lost = name_skipped(run.engine, config.seed, state.step, batches, losses)
     return applied
-
-
-def _name_skipped(step: int, batches: list[Batch], losses: list[Tensor]) -> None:
-    """Say that a step was skipped, and which cuts of all ranks had a loss that is not finite."""
-    finite_losses = [math.isfinite(float(loss)) for loss in losses]
-    ids = distributed.gather(
-        [cut for batch, finite in zip(batches, finite_losses, strict=True) if not finite for cut in batch.ids]
-    )
-    cuts = f"cuts of micro-batches with such a loss: {', '.join(ids[:20])}" if ids else "every loss is finite"
-    say(f"WARNING step {step} skipped: its gradient is not finite; {cuts}")
 
 
 def _advance(run: Run, step: Step) -> None:

@@ -20,10 +20,12 @@ from harken.core.errors import HarkenError
 from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
 from harken.data.dataset import Prepare
+from harken.data.failures import NamingFailures
 from harken.data.loader import EvalLoader, TrainLoader
 from harken.data.order import Position
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
 from harken.engine.precision import resolved
+from harken.engine.watchdog import watched
 from harken.optim.ema import WeightAverage
 from harken.optim.groups import parameter_groups
 from harken.optim.schedules.base import Schedule
@@ -68,7 +70,7 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
     start_processes(config.engine)
     config = replace(config, engine=resolved(config.engine))  # what was chosen is what is logged and saved
     folder.mkdir(parents=True, exist_ok=True)
-    with only_run(folder):
+    with only_run(folder), watched(folder, config.engine.timeout_seconds):
         return _run(_build(config, folder, make, prepare, spec))
 
 
@@ -95,7 +97,7 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
     loader = TrainLoader(
         config.data,
         config.batch,
-        prepare(True),
+        NamingFailures(prepare(True)),
         seed=config.seed,
         hop=spec.stride,
         rank=rank,
@@ -106,7 +108,12 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
     valid = None
     if config.data.valid is not None:
         valid = EvalLoader(
-            config.data.valid, config.data, config.batch.max_seconds, prepare(False), rank=rank, world_size=world
+            config.data.valid,
+            config.data,
+            config.batch.max_seconds,
+            NamingFailures(prepare(False)),
+            rank=rank,
+            world_size=world,
         )
     torch.manual_seed(config.seed)  # the weights: equal on every rank and for every number of ranks
     model = make(config)

@@ -13,10 +13,11 @@ class TrainState:
     """Counters of a run.
 
     step: optimiser steps taken (skipped ones too). position: of the data plan. seconds: audio seen over all ranks.
-    wall_seconds: time spent training. skipped_steps: those whose gradient was not finite. cuts_read: over all ranks
-    and epochs. noted: {kind: {cut id: reason}} of cuts that were replaced or left out. best_score: the best
-    finite validation score so far. validations_without_best: since then. fingerprint: what the targets are made of.
-    seconds_by_source: audio of each source of a mixture.
+    wall_seconds: time spent training. skipped_steps: those whose gradient was not finite; skipped_in_a_row: up to now.
+    rollbacks: to a checkpoint; rolled_back_to: its step, until a step is taken. cuts_read: over all ranks and epochs.
+    noted: {kind: {cut id: reason}} of cuts that were replaced or left out. best_score: the best finite validation
+    score so far. validations_without_best: since then. fingerprint: what the targets are made of. seconds_by_source:
+    audio of each source of a mixture.
     There is no random state in it: every draw is a function of the seed and the position.
     """
 
@@ -25,6 +26,9 @@ class TrainState:
     seconds: float = 0.0
     wall_seconds: float = 0.0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    rolled_back_to: int | None = None
     cuts_read: int = 0
     noted: dict[str, dict[str, str]] = field(default_factory=dict)
     best_score: float | None = None

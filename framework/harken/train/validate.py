@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from harken.core import progress
 from harken.core.batch import Batch, Note
 from harken.engine.base import Engine
 from harken.train.metrics import Meter
@@ -16,11 +17,13 @@ def validate(engine: Engine, batches: Iterable[tuple[Batch, bool]]) -> tuple[dic
 
     Masks are the same at every validation.
     """
+    progress.note("validate")
     meter, notes = Meter(), list[Note]()
     training = engine.model.training
     engine.model.eval()
     with torch.no_grad():
         for batch, counts in batches:
+            progress.note("validate", ids=batch.ids)
             loss = engine(batch)
             if counts:
                 meter.add(loss.metrics)

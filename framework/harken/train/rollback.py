@@ -1,0 +1,103 @@
+"""Back to a checkpoint when training has gone wrong, and on with other data."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from harken.config.saved import AVERAGE, WEIGHTS, damaged
+from harken.config.schema import TrainConfig
+from harken.core import distributed, progress
+from harken.core.errors import HarkenError
+from harken.engine.base import Engine
+from harken.optim.ema import WeightAverage
+from harken.train.checkpoint import Checkpoints
+from harken.train.log import say
+from harken.train.nonfinite import all_finite
+from harken.train.state import TrainState
+
+ADVICE = "lower `schedule.peak`, or look at the cuts and modules that the warnings above name"
+
+
+def due(config: TrainConfig, state: TrainState, *, weights_lost: bool) -> bool:
+    """Whether to roll back after a step: too many were skipped in a row, or no step can be taken any more.
+
+    Raises HarkenError, on every rank, when weights are lost and rolling back is switched off.
+    """
+    if weights_lost and not config.max_skipped_steps:
+        raise HarkenError(
+            f"weights are not finite after step {state.step}, so no step can be taken any more, and "
+            f"`train.max_skipped_steps: 0` never rolls back: {ADVICE}; with it set, the run goes back to a checkpoint"
+        )
+    return weights_lost or 0 < config.max_skipped_steps <= state.skipped_in_a_row
+
+
+def roll_back(checkpoints: Checkpoints, engine: Engine, average: WeightAverage | None, state: TrainState) -> None:
+    """Load the newest checkpoint from before the skipped steps, and keep the place in the data; every rank calls it.
+
+    The steps since that checkpoint are taken again, at their learning rates, with the samples that come next: those
+    seen since the checkpoint are not seen again before the next epoch. `state` is changed in place.
+    Raises HarkenError, on every rank, after `train.max_rollbacks`, or when no checkpoint is left to go back to.
+    """
+    progress.note("roll back")
+    limit, failed = checkpoints.config.train.max_rollbacks, state.step
+    trouble = f"{state.skipped_in_a_row} steps in a row up to step {failed} could not be taken"
+    if state.rollbacks >= limit:
+        raise HarkenError(
+            f"{trouble}, after {state.rollbacks} rollbacks (`train.max_rollbacks`): {ADVICE}, "
+            "then the same command goes on; nothing was saved since"
+        )
+    name = distributed.broadcast_text(_find(checkpoints, state) if distributed.is_main() else "")
+    if not name:
+        raise HarkenError(
+            f"{trouble}, and {checkpoints.root} holds no whole, finite checkpoint from before to go back to: "
+            f"{ADVICE}; a smaller `checkpoint.every_steps` has one sooner"
+        )
+    saved = checkpoints.state(checkpoints.root / name)
+    checkpoints.load(checkpoints.root / name, engine, average)
+    state.step, state.rolled_back_to = saved.step, saved.step
+    state.best_score, state.validations_without_best = saved.best_score, saved.validations_without_best
+    state.skipped_in_a_row = 0
+    state.rollbacks += 1
+    if distributed.is_main():
+        _set_aside(checkpoints, saved.step)
+    distributed.barrier()
+    say(
+        f"WARNING {trouble}: rolled back to {checkpoints.root / name} ({state.rollbacks} of at most {limit} times); "
+        f"steps {saved.step + 1} to {failed} are taken again, with the samples that come next"
+    )
+
+
+def _find(checkpoints: Checkpoints, state: TrainState) -> str:
+    """Return the newest checkpoint to go back to; one that led here without a single step is not tried again."""
+    newest = state.step - state.skipped_in_a_row
+    if state.rolled_back_to is not None:
+        newest = min(newest, state.rolled_back_to - 1)
+    for name in reversed(checkpoints.names()):
+        if _step(name) > newest:
+            continue
+        damage = damaged(checkpoints.root / name) or _not_finite(checkpoints.root / name)
+        if damage is None:
+            return name
+        say(f"WARNING checkpoint {checkpoints.root / name} is damaged ({damage}): trying the one before it")
+    return ""
+
+
+def _not_finite(folder: Path) -> str | None:
+    for name in (WEIGHTS, AVERAGE):
+        if (folder / name).is_file() and not all(all_finite(value) for value in load_file(folder / name).values()):
+            return f"{name} holds numbers that are not finite"
+    return None
+
+
+def _set_aside(checkpoints: Checkpoints, step: int) -> None:
+    """Rename the checkpoints after `step`: they are the newest by name, and continuing must not begin with them."""
+    for name in checkpoints.names():
+        if _step(name) > step:
+            (checkpoints.root / name).replace(checkpoints.root / f"rolled-back-{name}-{time.time_ns()}")
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
