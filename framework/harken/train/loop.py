@@ -74,6 +74,7 @@ def train(run: Run) -> str:
             state.step % config.train.valid_every_steps == 0 or state.step == config.train.steps
         ):
             score, give_up = _validate(run)
+        run.stop.received |= run.checkpoints.failed  # the save below then tells every rank why
         stopping = run.stop.agreed()
         if (
             state.step % config.checkpoint.every_steps == 0
@@ -84,6 +85,8 @@ def train(run: Run) -> str:
         ):
             run.checkpoints.save(run.engine, state, run.average, score)
             saved = state.step
+        if stopping or give_up or state.step == config.train.steps:
+            run.checkpoints.wait()
         run.speed.excluded += time.perf_counter() - excluded
         if stopping:
             say(f"asked to stop: saved step {saved}; the same command continues from there")
