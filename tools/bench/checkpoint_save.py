@@ -92,16 +92,17 @@ def main(arguments: list[str]) -> int:
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     for step in range(1, args.saves + 1):
         forget_peak()
-        before, started = resident(peak=False), time.perf_counter()
+        before, started, used = resident(peak=False), time.perf_counter(), time.thread_time()
         checkpoints.save(engine, TrainState(step=step), None)
-        blocked = time.perf_counter() - started
+        blocked, used = time.perf_counter() - started, time.thread_time() - used
         checkpoints.wait()
         written = time.perf_counter() - started
         memory = distributed.gather([f"{before} to {resident(peak=True)}"])
         if distributed.is_main():
             size = sum(path.stat().st_size for path in (checkpoints.root / checkpoints.names()[-1]).rglob("*"))
             print(
-                f"save {step}: training waits {blocked:.2f} s, on the disk after {written:.2f} s; "
+                f"save {step}: training waits {blocked:.2f} s ({used:.2f} s of CPU), "
+                f"on the disk after {written:.2f} s; "
                 f"{size / MIB:.0f} MiB, {size / parameters:.2f} bytes a parameter ({parameters / 1e6:.1f}M); "
                 f"MiB resident before and at most, by rank: {', '.join(memory)}",
                 flush=True,

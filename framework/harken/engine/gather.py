@@ -200,7 +200,7 @@ def _set_weight(target: Tensor, value: Tensor) -> None:
         _set_divided(target, value)
 
 
-def _set_divided(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+def _set_divided(parameter: Any, value: Tensor, key: str | None = None) -> None:
     """Set this rank's part of a parameter's state, or of the optimiser's own copy of it, where ZeRO keeps one."""
     from deepspeed import utils
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,7 +78,7 @@ class SavedTensors:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = cast(Any, safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise HarkenError(f"cannot read {path}: {error}; use another checkpoint") from error
         self.shapes: dict[str, tuple[int, ...]] = {
@@ -161,12 +161,10 @@ class SavedOptimizer:
                 )
 
     def _single(self, parameter: str) -> dict[str, Any]:
-        """Return the state that is not shaped as the parameter, and the keys of what is."""
-        keys = self.keys(parameter)
-        values = {key: None if key in self.shaped else self.read(key, parameter).item() for key in keys}
-        return {key: "a tensor" if value is None else value for key, value in values.items()} | self.parameters[
-            parameter
-        ]["numbers"]
+        """Return the numbers of a parameter's state; of what is shaped as the parameter, the key stands for it."""
+        numbers: dict[str, Any] = self.parameters[parameter]["numbers"]
+        found = {key: key if key in self.shaped else self.read(key, parameter).item() for key in self.keys(parameter)}
+        return found | numbers
 
     def group(self, parameters: Sequence[str]) -> dict[str, Number]:
         """Return the numbers that the optimiser had changed in the group of these parameters.
