@@ -84,11 +84,8 @@ def final_state(exp: Path, steps: int) -> dict[str, Any]:
     folder = exp / "checkpoints" / f"step-{steps:08d}"
     state = json.loads((folder / "state.json").read_text())
     del state["wall_seconds"]
-    shards = {
-        str(path.relative_to(folder)): torch.load(path, weights_only=False)
-        for path in sorted(folder.glob("engine/**/*.pt"))
-    }
-    assert any("optimizer" in shard or "optimizer_state_dict" in shard for shard in shards.values())
+    optimizer = load_file(folder / "optimizer.safetensors")
+    assert {name.partition("/")[0] for name in optimizer} == {"exp_avg", "exp_avg_sq", "step"}
     samples: dict[tuple[int, int], dict[str, Any]] = {}
     for path in exp.glob("samples.rank*.jsonl"):
         for line in path.read_text().splitlines():
@@ -97,7 +94,8 @@ def final_state(exp: Path, steps: int) -> dict[str, Any]:
     return {
         "weights": load_file(folder / "model.safetensors"),
         "average": load_file(folder / "average.safetensors"),
-        "engine": shards,
+        "optimizer": optimizer,
+        "details": json.loads((folder / "optimizer.json").read_text()),
         "state": state,
         "samples": {key: samples[key] for key in sorted(samples)},
     }
@@ -307,12 +305,12 @@ def test_torchrun_killed_goes_on_and_lets_no_other_run_into_its_folder(
     run_python(WORKER, write_plan(tmp_path / "plan.json", entries))
     assert_equal_runs(tmp_path / "whole", exp, steps)
 
-    assert main(["train", str(config), "--exp", str(exp), f"train.steps={steps + 1}"]) == 2
-    assert capsys.readouterr().err == (
-        f"harken train: {exp}/checkpoints/step-{steps:08d}/engine was saved by 2 process(es) "
-        "with `engine.zero_stage` 1, and this run has 1 with 1: continue with what it was saved by, "
-        "or start another `--exp` from its weights with `train.init_from`\n"
-    )
+    settings = OmegaConf.load(config)
+    settings.train.steps, settings.engine.zero_stage = steps + 1, 2
+    OmegaConf.save(settings, tmp_path / "alone.yaml")
+    output, _ = start_training(tmp_path / "alone.yaml", exp).communicate(timeout=600)
+    assert f"continuing from {exp}/checkpoints/step-{steps:08d}: step {steps}" in output, "one process and ZeRO 2"
+    assert f"finished {steps + 1} steps" in output
 
 
 def refused(config: Path, exp: Path, process: subprocess.Popen[str], capsys) -> None:

@@ -32,7 +32,9 @@ from harken.train.run import _build
 
 
 def digest(engine: DeepSpeedEngine) -> str:
-    weights = engine.weights()
+    """Hash the weights that this rank has, under ZeRO 3 those that the main process gathers."""
+    snapshot = engine.snapshot()
+    weights = snapshot.weights if snapshot is not None else engine.model.state_dict()
     return hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
 
 
@@ -65,6 +67,7 @@ def work(path: str, exp: str, out: str, steps: int, poisoned: int) -> None:
         rows.append({"step": step, "applied": applied, "finite": math.isfinite(norm), "weights": digest(run.engine)})
         if step == steps - 1:
             run.checkpoints.save(run.engine, run.state, run.average)
+            run.checkpoints.wait()
         if step == steps:
             break
     run.log.close()

@@ -226,7 +226,7 @@ def cut_in_half(path: Path) -> None:
         (lambda folder: cut_in_half(folder / "model.safetensors"), "model.safetensors is not as it was written"),
         (lambda folder: cut_in_half(folder / "checksums.json"), "no readable checksums.json"),
         (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
-        (lambda folder: shutil.rmtree(folder / "engine"), "model_states.pt is missing"),
+        (lambda folder: (folder / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
         (lambda folder: (folder / "checksums.json").unlink(), "no readable checksums.json"),
     ],
 )
@@ -279,4 +279,5 @@ def test_a_run_does_not_go_on_with_another_model(three: Path, train) -> None:
     assert "the configuration differs from that of" in out
     assert "encoder.layers: was 2, is 3" in out
     (line,) = error.splitlines()
-    assert "step-00000003/engine holds another model: Error(s) in loading state_dict for Hubert: Missing key(s)" in line
+    assert "step-00000003 holds another model: missing `backbone.encoder.blocks.2." in line
+    assert line.endswith("; give the old `frontend`, `encoder` and `objective`, or another `--exp`")

@@ -317,7 +317,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(
 def test_only_what_is_read_must_be_whole(ranked: Path) -> None:
     """A checkpoint copied without its optimiser decodes."""
     best = ranked / "checkpoints/step-00000002"
-    flip(best / "engine/engine/mp_rank_00_model_states.pt")
+    flip(best / "optimizer.safetensors")
     assert find_model(best) == best
     flip(best / "config.yaml")
     with pytest.raises(HarkenError, match=r"config\.yaml is not as it was written"):
@@ -386,16 +386,31 @@ def test_a_run_does_not_go_on_with_another_tokenizer(train, corpus, tmp_path: Pa
     assert train("ctc", f"objective.tokenizer={tokens}", steps=4)[0] == 0
 
 
-@pytest.mark.parametrize(("saved", "asked"), [(0, 1), (0, 2), (2, 0), (2, 1)])
-def test_another_zero_stage_is_one_error(train, tmp_path: Path, saved: int, asked: int) -> None:
-    assert train("ctc", f"engine.zero_stage={saved}", steps=1)[0] == 0
-    status, _, error = train("ctc", f"engine.zero_stage={asked}", steps=2)
-    assert status == 2
-    assert error == (
-        f"harken train: {tmp_path}/exp/checkpoints/step-00000001/engine was saved by 1 process(es) with "
-        f"`engine.zero_stage` {saved}, and this run has 1 with {asked}: continue with what it was saved by, "
-        "or start another `--exp` from its weights with `train.init_from`\n"
+@pytest.mark.parametrize(("saved", "asked"), [(0, 3), (2, 0)])
+def test_a_run_goes_on_with_another_zero_stage(train, tmp_path: Path, saved: int, asked: int) -> None:
+    assert train("ctc", f"engine.zero_stage={saved}", steps=2)[0] == 0
+    status, out, error = train("ctc", f"engine.zero_stage={asked}", steps=3)
+    assert (status, error) == (0, "")
+    assert f"continuing from {tmp_path}/exp/checkpoints/step-00000002: step 2" in out
+    assert train("ctc", f"engine.zero_stage={saved}", steps=3, exp="whole")[0] == 0
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        found, expected = (load_file(find_model(tmp_path / exp) / file) for exp in ("exp", "whole"))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_run_goes_on_with_the_loss_scale_of_fp16(train, tmp_path: Path) -> None:
+    settings = ("engine.precision=fp16", "objective.penalty_weight=10000.0")
+    assert train("hubert", *settings, steps=8, exp="whole")[0] == 0
+    for steps in (5, 8):
+        assert train("hubert", *settings, steps=steps)[0] == 0
+    whole, halves = (
+        json.loads((find_model(tmp_path / exp) / "optimizer.json").read_text()) for exp in ("whole", "exp")
     )
+    assert whole["loss_scaler"]["scale"] < 65536, "the first steps overflow"
+    assert halves == whole
+    assert state_of(tmp_path / "exp")["skipped_steps"] == state_of(tmp_path / "whole")["skipped_steps"]
 
 
 def test_a_step_that_fp16_overflows_is_skipped_aloud_and_seen(train, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ WEIGHTS = "model.safetensors"
 AVERAGE = "average.safetensors"
 CHECKSUMS = "checksums.json"
 USED = (WEIGHTS, AVERAGE, "config.yaml")
-"""What using a model reads of a checkpoint; the optimiser's shards are several times as large."""
+"""What using a model reads of a checkpoint; the optimiser's state is twice as large."""
 
 
 _NAME = re.compile(r"step-\d{8,}")  # what a user calls step-best is the user's
@@ -145,21 +145,26 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> 
 
     Raises HarkenError listing what is missing, left over, or of another shape.
     """
-    own = model.state_dict()
-    wrong = [f"missing `{name}`" for name in own if name not in weights]
-    wrong += [f"unknown `{name}`" for name in weights if name not in own]
-    wrong += [
-        f"`{name}` has shape {tuple(weights[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
+    wrong = misfits(_shapes(model.state_dict()), _shapes(weights))
     if wrong:
-        raise HarkenError(
-            f"the weights in {source} do not fit the model: "
-            + "; ".join(wrong[:5])
-            + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        )
+        raise HarkenError(f"the weights in {source} do not fit the model: {wrong}")
     model.load_state_dict(dict(weights))
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def misfits(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Return which of the shapes found are missing, left over or not those of a model, "" when they all fit."""
+    wrong = [f"missing `{name}`" for name in own if name not in found]
+    wrong += [f"unknown `{name}`" for name in found if name not in own]
+    wrong += [
+        f"`{name}` has shape {found[name]}, expected {shape}"
+        for name, shape in own.items()
+        if name in found and found[name] != shape
+    ]
+    return "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
 
 
 def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:

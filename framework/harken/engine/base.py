@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from harken.core.batch import Batch
 from harken.core.loss import Loss
+from harken.engine.state import Snapshot
 
 
 class Engine(Protocol):
@@ -40,14 +41,10 @@ class Engine(Protocol):
         """Clip and take an optimiser step; return False when the gradient was not finite and nothing changed."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write what exact continuation needs; every rank calls it."""
+    def snapshot(self) -> Snapshot | None:
+        """Return copies of what exact continuation needs on the main process, None elsewhere; every rank calls it."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote; every rank calls it."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return all weights on the CPU (whole on rank 0; every rank calls it)."""
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint's folder; every rank calls it."""
         ...

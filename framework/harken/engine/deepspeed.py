@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,13 +19,13 @@ from harken.config.schema import EngineConfig, TrainConfig
 from harken.core import distributed
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
-from harken.core.files import write_json_atomic
 from harken.core.loss import Loss
+from harken.engine.gather import Partitions
+from harken.engine.state import Snapshot
 from harken.engine.watchdog import collective_timeout
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-TAG = "engine"
-LAYOUT = "layout.json"
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # schedules of DeepSpeed's own go by them
 
 
 def start_processes(config: EngineConfig) -> torch.device:
@@ -134,6 +133,7 @@ class DeepSpeedEngine:
         if self._alone:  # DeepSpeed would still copy all gradients into a buffer and back: a copy's time and memory
             self._engine.enable_backward_allreduce = False
         self.model: nn.Module = self._engine.module
+        self._partitions = Partitions(self.model, self.optimizer)
         self.device = distributed.device()
         self.grad_norm = 0.0
         self.bad_gradients: list[str] = []
@@ -218,68 +218,29 @@ class DeepSpeedEngine:
             if flat.grad is not None:
                 flat.grad.zero_()
 
-    @property
-    def _layout(self) -> dict[str, int]:
-        """What decides how DeepSpeed divides its shards."""
-        return {"processes": distributed.world_size(), "zero_stage": self.config.zero_stage}
+    def snapshot(self) -> Snapshot | None:
+        """Return copies of the weights and of the optimiser's state on the main process, None elsewhere.
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's shards into the folder, and how they are divided."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        if distributed.is_main():
-            write_json_atomic(folder / LAYOUT, self._layout)
-
-    def load(self, folder: Path) -> None:
-        """Read DeepSpeed's shards.
-
-        Raises HarkenError when they are divided otherwise than this engine's, or hold another model.
+        They are gathered one tensor at a time; every rank calls it.
+        Raises HarkenError for an optimiser whose state cannot be saved.
         """
-        self._check_layout(folder)
-        try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        except RuntimeError as error:
-            if "state_dict" not in str(error):
-                raise
-            raise HarkenError(f"{folder} holds another model: {' '.join(str(error).split())[:300]} ...") from error
-        if path is None:
-            raise HarkenError(f"{folder} holds no shards that DeepSpeed can load: use another checkpoint")
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        counters = {name: int(getattr(self._engine, name)) for name in _COUNTERS}
+        weights = self._partitions.weights()
+        optimizer = self._partitions.state(scaler.state_dict() if scaler is not None else {}, counters)
+        return None if optimizer is None else Snapshot(weights, optimizer)
 
-    def _check_layout(self, folder: Path) -> None:
-        """Refuse shards that DeepSpeed would fail on; without ZeRO there is one shard for any number of processes."""
-        path = folder / LAYOUT
-        if not path.is_file():  # saved before layouts were recorded
-            return
-        saved, own = json.loads(path.read_text()), self._layout
-        whole = saved["zero_stage"] == own["zero_stage"] == 0
-        if saved != own and not whole:
-            raise HarkenError(
-                f"{folder} was saved by {saved['processes']} process(es) with `engine.zero_stage` "
-                f"{saved['zero_stage']}, and this run has {own['processes']} with {own['zero_stage']}: "
-                "continue with what it was saved by, or start another `--exp` from its weights with `train.init_from`"
-            )
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint, whatever number of ranks and ZeRO stage saved it; every rank calls it.
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return all weights on the CPU in float32; under ZeRO-3 they are gathered one module at a time."""
-        if self.config.zero_stage < 3:
-            return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-        return self._gathered()
-
-    def _gathered(self) -> dict[str, Tensor]:
-        import deepspeed
-
-        gathered: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if distributed.is_main():
-                    gathered[name] = parameter.detach().cpu().clone()
-        gathered.update(
-            {
-                name: value.detach().cpu().clone()
-                for name, value in self.model.named_buffers()
-                if name in self.model.state_dict()
-            }
-        )
-        return gathered
+        Raises HarkenError when it holds another model, optimiser or set of trained parameters.
+        """
+        details = self._partitions.restore(folder).details
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        if scaler is not None and details["loss_scaler"]:
+            scaler.load_state_dict(details["loss_scaler"])
+        for name in _COUNTERS:
+            setattr(self._engine, name, details["counters"][name])
 
 
 def group_names(groups: Sequence[dict[str, Any]]) -> list[str]:

@@ -46,9 +46,10 @@ class WeightAverage:
         for name, parameter in model.named_parameters():
             parameter.copy_(values[name])
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages and the update count."""
-        return {**self.average, "#updates": torch.tensor(self.updates)}
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies of the averages on the CPU, and the update count."""
+        copies = {name: value.to("cpu", copy=True) for name, value in self.average.items()}
+        return {**copies, "#updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved average."""

@@ -1,14 +1,18 @@
 """Checkpoints that are whole or absent: written under a temporary name, synced, checksummed, renamed.
 
+The training thread copies what a checkpoint holds and goes on; another thread writes it. Nothing is in two of its
+files, and nothing in them depends on the number of ranks or the ZeRO stage.
+
 checkpoints/step-00001000/
-    model.safetensors    plain weights, readable without DeepSpeed
-    average.safetensors  their moving average, where one is kept
-    config.yaml          the resolved configuration
-    state.json           step, data position, counters
-    engine/              DeepSpeed's shards: optimiser state
-    versions.json        of harken, torch, DeepSpeed, Python
-    checksums.json       SHA-256 of every other file; written last
-checkpoints/best.json    the best checkpoints, best first
+    model.safetensors      plain weights, readable without DeepSpeed
+    average.safetensors    their moving average, where one is kept
+    optimizer.safetensors  the optimiser's state by the names of parameters
+    optimizer.json         what of it is no tensor (see harken.engine.state)
+    config.yaml            the resolved configuration
+    state.json             step, data position, counters
+    versions.json          of harken, torch, DeepSpeed, Python
+    checksums.json         SHA-256 of every other file; written last
+checkpoints/best.json      the best checkpoints, best first
 """
 
 from __future__ import annotations
@@ -18,11 +22,15 @@ import math
 import os
 import platform
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from harken import __version__
 from harken.config.saved import (
@@ -40,11 +48,23 @@ from harken.core import distributed
 from harken.core.errors import HarkenError
 from harken.core.files import remove, sync, write_json_atomic
 from harken.engine.base import Engine
+from harken.engine.state import DETAILS, OPTIMIZER, Snapshot
 from harken.optim.ema import WeightAverage
 from harken.train.log import say
 from harken.train.state import TrainState
+from harken.train.writer import Writer
 
-CONTENTS = {"engine", WEIGHTS, AVERAGE, "config.yaml", "state.json", "versions.json", CHECKSUMS}
+CONTENTS = {WEIGHTS, AVERAGE, OPTIMIZER, DETAILS, "config.yaml", "state.json", "versions.json", CHECKSUMS}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Copies of all that a checkpoint holds. state: see TrainState. score: of its validation."""
+
+    snapshot: Snapshot
+    average: dict[str, Tensor] | None
+    state: dict[str, Any]
+    score: float | None
 
 
 @dataclass
@@ -53,6 +73,7 @@ class Checkpoints:
 
     folder: Path
     config: RunConfig
+    _writer: Writer = field(default_factory=Writer)
 
     @property
     def root(self) -> Path:
@@ -66,34 +87,78 @@ class Checkpoints:
     def save(
         self, engine: Engine, state: TrainState, average: WeightAverage | None, score: float | None = None
     ) -> None:
-        """Write a checkpoint of the current step; every rank calls it. `score` is its validation metric."""
-        name = f"step-{state.step:08d}"
-        target, temporary = self.root / name, self.root / f".{name}.tmp"
-        if distributed.is_main():
-            self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(".step-*.tmp"):
-                remove(leftover)
-            temporary.mkdir()
-        distributed.barrier()
-        engine.save(temporary / "engine")
-        weights = engine.weights()
-        distributed.barrier()
-        if distributed.is_main():
-            save_model(temporary, self.config, weights)
-            if average is not None:
-                save_file(average.state_dict(), temporary / AVERAGE)
-            write_json_atomic(temporary / "state.json", state.to_dict())
-            write_json_atomic(temporary / "versions.json", versions())
-            write_json_atomic(temporary / CHECKSUMS, checksums(temporary))
-            sync(temporary)
-            if target.is_dir() and strangers(target):  # a damaged one into which the user put something
-                target.replace(self.root / f"kept-{name}-{time.time_ns()}")
-            remove(target)
-            temporary.replace(target)
-            sync_folder(self.root)
-            self._rank(name, score)
+        """Copy the current step and begin to write it; every rank calls it. `score` is its validation metric.
+
+        Waits for the checkpoint before, and raises what `wait` raises for it.
+        """
+        self.wait()
+        snapshot = engine.snapshot()
+        if snapshot is not None:
+            kept = None if average is None else average.snapshot()
+            self._writer.start(partial(self._write, Moment(snapshot, kept, state.to_dict(), score)))
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk; every rank calls it.
+
+        Raises the error that writing ended with, in the other ranks a HarkenError that quotes it.
+        """
+        error = self._writer.finish()
+        told = distributed.broadcast_text("" if error is None else str(error) or repr(error))
+        if error is not None:
+            raise error
+        if told:
+            raise HarkenError(told)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written, on the main process: the next `save` or `wait` raises why."""
+        return self._writer.failed
+
+    def close(self) -> None:
+        """Let a run that ends by another error finish its checkpoint; what then goes wrong is only said."""
+        error = self._writer.finish()
+        if error is not None:
+            say(f"WARNING {error}")
+
+    def _write(self, moment: Moment) -> None:
+        """Write, sync and rename a checkpoint, in the writer's thread: there are no collectives in it."""
+        name = f"step-{moment.state['step']:08d}"
+        temporary = self.root / f".{name}.tmp"
+        try:
+            self._write_files(moment, temporary)
+            self._put(temporary, name)
+            self._rank(name, moment.score)
             self._prune()
-        distributed.barrier()
+        except (OSError, SafetensorError, HarkenError) as error:
+            with suppress(OSError):  # a full disk has room for the other files of the run again
+                remove(temporary)
+            reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
+            raise HarkenError(
+                f"checkpoint {self.root / name} could not be written ({reason}): see that the folder is there and its "
+                "disk has room; the checkpoints before it are as they were, and the same command continues from there"
+            ) from error
+
+    def _write_files(self, moment: Moment, temporary: Path) -> None:
+        self.root.mkdir(exist_ok=True)  # without parents: where the run's own folder has gone, its disk has
+        for leftover in self.root.glob(".step-*.tmp"):
+            remove(leftover)
+        temporary.mkdir()
+        save_model(temporary, self.config, moment.snapshot.weights)
+        if moment.average is not None:
+            save_file(moment.average, temporary / AVERAGE)
+        moment.snapshot.optimizer.write(temporary)
+        write_json_atomic(temporary / "state.json", moment.state)
+        write_json_atomic(temporary / "versions.json", versions())
+        write_json_atomic(temporary / CHECKSUMS, checksums(temporary))
+        sync(temporary)
+
+    def _put(self, temporary: Path, name: str) -> None:
+        target = self.root / name
+        if target.is_dir() and strangers(target):  # a damaged one into which the user put something
+            target.replace(self.root / f"kept-{name}-{time.time_ns()}")
+        remove(target)
+        temporary.replace(target)
+        sync_folder(self.root)
 
     def _rank(self, name: str, score: float | None) -> None:
         entries = [entry for entry in self._best() if entry["folder"] != name]
@@ -146,7 +211,7 @@ class Checkpoints:
 
     def load(self, path: Path, engine: Engine, average: WeightAverage | None) -> None:
         """Load weights, optimiser and average of a checkpoint; every rank calls it."""
-        engine.load(path / "engine")
+        engine.restore(path)
         if average is not None and (path / AVERAGE).is_file():
             average.load_state_dict(load_file(path / AVERAGE))
 

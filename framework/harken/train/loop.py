@@ -80,6 +80,7 @@ def train(run: Run) -> str:
             state.step % config.train.valid_every_steps == 0 or state.step == config.train.steps
         ):
             score, give_up = _validate(run)
+        run.stop.received |= run.checkpoints.failed  # the save below then tells every rank why
         stopping = run.stop.agreed()
         save_due |= state.step % config.checkpoint.every_steps == 0
         if (
@@ -92,6 +93,8 @@ def train(run: Run) -> str:
             progress.note("save")
             run.checkpoints.save(run.engine, state, run.average, score)
             saved, save_due = state.step, False
+        if stopping or give_up or state.step == config.train.steps:
+            run.checkpoints.wait()
         run.speed.excluded += time.perf_counter() - excluded
         if stopping:
             say(f"asked to stop: saved step {saved}; the same command continues from there")

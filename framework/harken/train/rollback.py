@@ -49,6 +49,7 @@ def roll_back(checkpoints: Checkpoints, engine: Engine, average: WeightAverage |
             f"{trouble}, after {state.rollbacks} rollbacks (`train.max_rollbacks`): {ADVICE}, "
             "then the same command goes on; nothing was saved since"
         )
+    checkpoints.wait()  # the newest may still be on its way to the disk
     name = distributed.broadcast_text(_find(checkpoints, state) if distributed.is_main() else "")
     if not name:
         raise HarkenError(

@@ -89,6 +89,7 @@ def _run(run: Run) -> str:
         rehearse(run)
         return train(run)
     finally:
+        run.checkpoints.close()
         run.log.close()
 
 
