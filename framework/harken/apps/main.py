@@ -13,6 +13,7 @@ from harken.core.errors import HarkenError
 # one line a verb here, so that `harken --help` imports none of them
 VERBS = {
     "train": "pretrain, fine-tune or distil: the configuration decides",
+    "tune-batch": "measure which micro-batches fit in this device's memory",
     "config": "print a resolved configuration and where each value came from",
     "data": "scan, index, verify and describe manifests; make tokenizers",
     "units": "fit clusterers, label audio, check labels",
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Pretrain and fine-tune speech and audio encoders.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
-        + "\n".join(f"  {name:10}{text}" for name, text in VERBS.items())
+        + "\n".join(f"  {name:12}{text}" for name, text in VERBS.items())
         + "\n\nexample:\n  harken train hubert_base --exp exp/base data.train=train.jsonl",
     )
     parser.add_argument("--version", action="version", version=f"harken {__version__}")
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    module = importlib.import_module(f"harken.apps.{verb}" if verb != "import" else "harken.apps.import_")
+    name = "import_" if verb == "import" else verb.replace("-", "_")
+    module = importlib.import_module(f"harken.apps.{name}")
     parser = argparse.ArgumentParser(
         prog=f"harken {verb}",
         description=module.HELP,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from harken.config.schema import BatchConfig
 from harken.core.draws import Draws, key
 from harken.core.permutation import Permutation
+from harken.data.limits import Limits, LimitState
 from harken.data.plan import Plan, make_plan
 from harken.data.selection import Selection
 
@@ -94,16 +95,38 @@ def segments_of(seconds: NDArray[np.float32], batch: BatchConfig) -> int:
 
 
 class Planner:
-    """The plans of an order, one segment at a time; the last few are kept, for readers run ahead of the loop."""
+    """The plans of an order, one segment at a time; the last few are kept, for readers run ahead of the loop.
 
-    def __init__(self, order: Order, batch: BatchConfig, seed: int) -> None:
-        self.order, self.batch, self.seed = order, batch, seed
+    limits: of the rectangles; None: all may hold `batch.max_seconds`. characters: `(N,)` lengths of the texts of a
+    whole manifest, which limits may depend on.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        batch: BatchConfig,
+        seed: int,
+        limits: LimitState | None = None,
+        characters: NDArray[np.int32] | None = None,
+    ) -> None:
+        self.order, self.batch, self.seed, self.characters = order, batch, seed, characters
+        self.limits = limits or LimitState.begin(Limits.of_rows(batch.micro_batch_seconds, batch.limits))
         self.segment = lru_cache(maxsize=2)(self._segment)
+
+    def limit(self, limits: LimitState) -> None:
+        """Plan by other limits from now on."""
+        self.limits = limits
+        self.segment.cache_clear()
+
+    def texts(self, places: NDArray[np.integer]) -> NDArray[np.int32] | None:
+        """Return the lengths of the texts of cuts, where limits ask for them."""
+        return self.characters[places] if self.characters is not None else None
 
     def _segment(self, epoch: int, segment: int) -> tuple[Pool, Plan]:
         pool = self.order.pool(epoch, segment)
         rng = Draws(self.seed, epoch).generator("plan", str(segment) if segment else "")
-        return pool, make_plan(pool.seconds, self.batch, rng)
+        limits = self.limits.of(epoch, segment)
+        return pool, make_plan(pool.seconds, self.batch, rng, limits, self.texts(pool.places))
 
     def after(self, position: Position) -> Position:
         """Return where a run is after the step at a position."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from harken.config.schema import RunConfig
-from harken.core import distributed, draws
+from harken.core import distributed
 from harken.core.batch import Batch, Note
 from harken.core.errors import HarkenError
 from harken.data.loader import EvalLoader, Step, TrainLoader
@@ -22,6 +22,8 @@ from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
 from harken.train.log import RunLog, duration, say
 from harken.train.metrics import Meter
+from harken.train.passes import StepRunner
+from harken.train.shrink import shrink
 from harken.train.signals import StopRequest
 from harken.train.speed import Speedometer
 from harken.train.state import TrainState
@@ -114,23 +116,16 @@ def rehearse(run: Run) -> None:
 
 def _step(run: Run, step: Step) -> bool:
     """Run this rank's batches of a step and the optimiser; the gradient is that of the mean over all targets."""
-    config, state, batches = run.config, run.state, step.batches
-    # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter
-    targets = distributed.sum_over_ranks([sum(batch.num_targets for batch in batches)])[0]
+    config, state = run.config, run.state
     set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
-    losses = []
-    passes = len(batches) + len(step.idle)
-    for place, batch in enumerate((*batches, *step.idle), start=1):
-        draws.begin_micro_batch(config.seed, state.step, batch.micro_batch)
-        loss = run.engine(batch)
-        if place > len(batches):  # nothing to learn from: this rank only keeps in step with the others
-            run.engine.backward(loss.total * 0.0, last=place == passes)
-            continue
-        run.engine.backward(loss.total / max(targets, 1.0), last=place == passes)
-        losses.append(loss.total.detach())
-        run.meter.add(loss.metrics)
-        run.speed.add(batch, run.flops(batch))
-        run.log.samples(state.step + 1, batch)
+    passes = StepRunner(run.engine, run.loader, config.seed).run(step, state.step)
+    for done in passes.done:
+        run.meter.add(done.metrics)
+        run.speed.add(done.batch, run.flops(done.batch))
+        run.log.samples(state.step + 1, done.batch)
+    if passes.failures:
+        shrink(run.loader, run.log, state, passes.failures)
+    run.engine.reduce(passes.scale)
     applied = run.engine.step()
     if applied:
         if run.average is not None:
@@ -138,7 +133,7 @@ def _step(run: Run, step: Step) -> bool:
         run.after_step(state.step + 1)
     else:
         state.skipped_steps += 1
-        _name_skipped(state.step + 1, batches, losses)
+        _name_skipped(state.step + 1, [done.batch for done in passes.done], [done.total for done in passes.done])
     return applied
 
 
