@@ -49,9 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(verb, arguments[1:])
 
 
+def module_of(verb: str) -> str:
+    """Return the full name of a verb's module."""
+    return "harken.apps." + ("import_" if verb == "import" else verb.replace("-", "_"))
+
+
 def _run(verb: str, arguments: list[str]) -> int:
-    name = "import_" if verb == "import" else verb.replace("-", "_")
-    module = importlib.import_module(f"harken.apps.{name}")
+    module = importlib.import_module(module_of(verb))
     parser = argparse.ArgumentParser(
         prog=f"harken {verb}",
         description=module.HELP,
