@@ -119,6 +119,11 @@ def type_name(hint: object) -> str:
         return " or ".join([", ".join(map(str, inner[:-1])), str(inner[-1])])
     if origin is tuple:
         return f"list of {type_name(inner[0])}"
+    words = [
+        word for option in inner if typing.get_origin(option) is typing.Literal for word in typing.get_args(option)
+    ]
+    if words:
+        return " or ".join([type_name(inner[0]), *words])
     if type(None) in inner:
         return f"{type_name(inner[0])} or null"
     if origin is dict:

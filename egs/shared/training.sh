@@ -25,6 +25,7 @@ divided_batch() { # CONFIGURATION...
     { value[$1] = $2 }
     END {
       step = value["batch.seconds_per_step"]; most = value["batch.max_seconds"]
+      if (most + 0 == 0) exit  # auto: harken divides them itself
       longest = value["data.crop_seconds"] == "None" ? value["data.max_seconds"] : value["data.crop_seconds"]
       if (int(step / most + 0.5) % ranks == 0) exit
       pieces = int(step / most / ranks)

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from harken.apps.main import VERBS, main
+from harken.apps.main import VERBS, main, module_of
 
 
 def parsers(verb: str) -> Iterator[argparse.ArgumentParser]:
     """Yield the parser of a verb and those of its sub-verbs."""
-    module = importlib.import_module(f"harken.apps.{verb}" if verb != "import" else "harken.apps.import_")
+    module = importlib.import_module(module_of(verb))
     parser = argparse.ArgumentParser(prog=f"harken {verb}", epilog=f"example:\n  {module.EXAMPLE}")
     module.add_arguments(parser)
     yield parser

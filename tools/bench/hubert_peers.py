@@ -155,6 +155,7 @@ class Harken:
         started = time.perf_counter()
         loss = self.engine(batch)
         self.engine.backward(loss.total / batch.num_targets, last=True)
+        self.engine.reduce()
         self.engine.step()
         seconds = time.perf_counter() - started
         total, count = loss.metrics["loss"]

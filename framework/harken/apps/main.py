@@ -14,6 +14,7 @@ from harken.core.errors import HarkenError
 VERBS = {
     "train": "pretrain, fine-tune or distil: the configuration decides",
     "bench": "measure what limits a run, reading or computing",
+    "tune-batch": "measure which micro-batches fit in this device's memory",
     "config": "print a resolved configuration and where each value came from",
     "data": "scan, index, verify and describe manifests; make tokenizers",
     "units": "fit clusterers, label audio, check labels",
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Pretrain and fine-tune speech and audio encoders.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
-        + "\n".join(f"  {name:10}{text}" for name, text in VERBS.items())
+        + "\n".join(f"  {name:12}{text}" for name, text in VERBS.items())
         + "\n\nexample:\n  harken train hubert_base --exp exp/base data.train=train.jsonl",
     )
     parser.add_argument("--version", action="version", version=f"harken {__version__}")
@@ -49,8 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(verb, arguments[1:])
 
 
+def module_of(verb: str) -> str:
+    """Return the full name of a verb's module."""
+    return "harken.apps." + ("import_" if verb == "import" else verb.replace("-", "_"))
+
+
 def _run(verb: str, arguments: list[str]) -> int:
-    module = importlib.import_module(f"harken.apps.{verb}" if verb != "import" else "harken.apps.import_")
+    module = importlib.import_module(module_of(verb))
     parser = argparse.ArgumentParser(
         prog=f"harken {verb}",
         description=module.HELP,

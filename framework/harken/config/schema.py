@@ -68,8 +68,9 @@ class DataConfig:
 class BatchConfig:
     """How much audio goes into a micro-batch and into a step."""
 
-    max_seconds: float
-    """Padded audio of a micro-batch. fairseq HuBERT Base: `max_tokens: 1400000` samples = 87.5 s."""
+    max_seconds: float | Literal["auto"]
+    """Padded audio of a micro-batch. fairseq HuBERT Base: `max_tokens: 1400000` samples = 87.5 s. `auto` measures what
+    the device's memory holds, by the duration of cuts and the length of texts, before the first step."""
     seconds_per_step: float
     """Audio of an optimiser step over all ranks: a multiple of `max_seconds`, to which it is rounded when off by at
     most 10 %. HuBERT Base: 32 GPUs x 87.5 s = 2800 s (arXiv 2106.07447, IV-C)."""
@@ -79,9 +80,33 @@ class BatchConfig:
     mixing: int = 8
     """From how many parts' worth of cuts of neighbouring durations the cuts of one part are drawn. More mixes epochs
     better, and pads more."""
+    limits: tuple[tuple[float, ...], ...] = ()
+    """What one part may hold, where that is less than `max_seconds`: a list of [seconds, padded seconds], for parts
+    whose longest cut has up to that many seconds, or of [seconds, characters, padded seconds], for the longest text
+    too. `harken tune-batch` prints it."""
+    memory_share: float = 0.9
+    """Share of the memory that `max_seconds: auto` fills; the rest is for what a long run adds."""
+    memory_gib: float | None = None
+    """On a CPU, memory that a rank may use in all, in GiB: more is refused to it, as a GPU does. None: with `auto`, a
+    rank's share of what is free; else no limit."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "batch", positive=("parts", "mixing"))
+        check_numbers(
+            self, "batch", positive=("parts", "mixing", "memory_gib", "memory_share"), shares=("memory_share",)
+        )
+        if any(len(row) not in (2, 3) or min(row) <= 0 for row in self.limits):
+            raise HarkenError(
+                "`batch.limits` must be a list of [seconds, padded seconds] or [seconds, characters, padded seconds], "
+                f"all positive, got {[list(row) for row in self.limits]}"
+            )
+        if self.max_seconds == "auto":
+            if self.seconds_per_step <= 0:
+                raise HarkenError(f"`batch.seconds_per_step` must be positive, got {self.seconds_per_step}")
+            if self.limits:
+                raise HarkenError(
+                    "`batch.limits` is what `batch.max_seconds: auto` measures: give one of the two, got both"
+                )
+            return
         if self.max_seconds <= 0 or self.seconds_per_step < self.max_seconds:
             raise HarkenError(
                 "`batch.seconds_per_step` must be at least `batch.max_seconds`, and both positive, "
@@ -101,7 +126,14 @@ class BatchConfig:
     @property
     def micro_batches_per_step(self) -> int:
         """Micro-batches of a step over all ranks."""
-        return max(1, round(self.seconds_per_step / self.max_seconds))
+        return max(1, round(self.seconds_per_step / self.micro_batch_seconds))
+
+    @property
+    def micro_batch_seconds(self) -> float:
+        """`max_seconds` as a number; with `auto` it is known after measuring (`harken.train.tune`)."""
+        if isinstance(self.max_seconds, str):
+            raise HarkenError("`batch.max_seconds: auto` is for training alone: give a number of seconds here")
+        return self.max_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +284,9 @@ class RunConfig:
         if self.train.patience and self.data.valid is None:
             raise HarkenError("`train.patience` counts validations: it needs `data.valid`, which is not given")
         longest = self.data.crop_seconds or self.data.max_seconds
-        if longest > self.batch.max_seconds:
+        key = "seconds_per_step" if self.batch.max_seconds == "auto" else "max_seconds"
+        if longest > getattr(self.batch, key):
             raise HarkenError(
-                "`batch.max_seconds` must hold the longest cut (`data.crop_seconds` or `data.max_seconds`), "
-                f"got {self.batch.max_seconds} and {longest}"
+                f"`batch.{key}` must hold the longest cut (`data.crop_seconds` or `data.max_seconds`), "
+                f"got {getattr(self.batch, key)} and {longest}"
             )

@@ -69,6 +69,15 @@ def _value(hint: Any, value: Any, path: str, mistakes: list[str]) -> Any:
         if value is None:
             return None
         inner = [option for option in typing.get_args(hint) if option is not type(None)]
+        words = [word for option in inner[1:] for word in typing.get_args(option)]  # `float | Literal["auto"]`
+        if value in words:
+            return value
+        if words:
+            before = len(mistakes)
+            found = _value(inner[0], value, path, mistakes)
+            if len(mistakes) > before:
+                mistakes[before:] = [f"`{path}` must be {_name(inner[0])} or {', '.join(words)}, got {value!r}"]
+            return found
         return _value(inner[0], value, path, mistakes)
     if is_dataclass(hint):
         return _dataclass(cast(type[Any], hint), value, path, mistakes)

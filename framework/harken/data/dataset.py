@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 Prepare = Callable[[Batch, Sequence[Draws]], Batch]
+HALF = 2**20  # above the numbers that the parts of a step have
 SUBSTITUTES = 20  # cuts that are tried in the stead of one that cannot be read
 
 
@@ -47,6 +48,18 @@ class Task:
     def of(cls, places: NDArray[np.integer], epoch: int = 0, number: int = 0) -> Task:
         """Return the task of cuts that are read in one epoch."""
         return cls(places, np.full(len(places), epoch, dtype=np.int32), number)
+
+    def halves(self) -> list[Task]:
+        """Return the task in two; none of a single cut. Each piece has a number of its own, which seeds its dropout."""
+        middle = len(self.places) // 2
+        if not middle:
+            return []
+        node = self.number // HALF or 1  # of the tree of halves, its root 1: the children of n are 2 n and 2 n + 1
+        first = self.number % HALF + 2 * node * HALF
+        return [
+            Task(self.places[:middle], self.epochs[:middle], first),
+            Task(self.places[middle:], self.epochs[middle:], first + HALF),
+        ]
 
 
 @dataclass(frozen=True)

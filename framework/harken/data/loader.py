@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from harken.config.schema import BatchConfig, DataConfig
@@ -14,6 +15,7 @@ from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
 from harken.data.dataset import MicroBatches, Prepare, Task
+from harken.data.limits import Limits, LimitState
 from harken.data.manifest import Manifest
 from harken.data.mixture import Joined, Leaf, is_mixture, read_mixture
 from harken.data.order import EpochOrder, Planner, Position, segments_of
@@ -21,6 +23,7 @@ from harken.data.plan import Plan, rectangles
 from harken.data.reader import read_ahead
 from harken.data.selection import Selection, select
 from harken.data.shares import MixtureOrder, Source
+from harken.data.texts import characters
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,15 @@ class Step:
     """One rank's share of an optimiser step.
 
     batches: to be learned from. idle: to be run without weight, for as many passes as the busiest rank makes. position:
-    where the run is after the step. sources: seconds of each source of a mixture in the step, over all ranks.
+    where the run is after the step. sources: seconds of each source of a mixture in the step, over all ranks. tasks:
+    what each of `batches` was read from.
     """
 
     batches: list[Batch]
     position: Position
     idle: list[Batch] = field(default_factory=list)
     sources: dict[str, float] = field(default_factory=dict)
+    tasks: list[Task] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,28 +71,69 @@ def share_of(plan: Plan, step: int, rank: int, world_size: int, *, even: bool) -
     return Share(parts, [int(plan.bounds[first] + rows.argmin())] * lacking)
 
 
+class StepTasks:
+    """This rank's tasks of each step.
+
+    A plan is made for a whole segment. Limits that were lowered within it divide what is still to come: the same cuts
+    in the same steps, in more rectangles.
+    """
+
+    def __init__(self, planner: Planner, rank: int, world_size: int, *, even: bool) -> None:
+        self.planner, self.rank, self.world_size, self.even = planner, rank, world_size, even
+
+    def at(self, position: Position) -> tuple[list[Task], list[Task]]:
+        """Return what is learned from in the step at a position, and what this rank idles with."""
+        pool, plan = self.planner.segment(position.epoch, position.segment)
+        share = share_of(plan, position.step, self.rank, self.world_size, even=self.even)
+        begin = int(plan.bounds[position.step * plan.per_step])
+
+        def task(number: int) -> Task:
+            rows = plan.part(number)
+            return Task(pool.places[rows], pool.epochs[rows], number - begin)
+
+        def pieces(numbers: list[int]) -> list[Task]:
+            return [piece for one in numbers for piece in self._pieces(task(one), pool.seconds[plan.part(one)])]
+
+        limits = self.planner.limits
+        if limits.now == limits.of(position.epoch, position.segment):
+            return [task(number) for number in share.parts], [task(number) for number in share.idle]
+        learned, lacking = pieces(share.parts), len(share.idle) if not share.parts else 0
+        if self.even:
+            others = (
+                share_of(plan, position.step, other, self.world_size, even=False) for other in range(self.world_size)
+            )
+            lacking = max(len(pieces(other.parts)) for other in others) - len(learned)
+        return learned, [min(map(task, share.idle or share.parts), key=lambda one: len(one.places))] * lacking
+
+    def _pieces(self, task: Task, seconds: NDArray[np.float32]) -> list[Task]:
+        """Halve what is above the limits of today until nothing is, or single cuts are."""
+        texts = self.planner.texts(task.places)
+        limit = self.planner.limits.now.at(float(seconds.max()), 0.0 if texts is None else float(texts.max()))
+        if float(seconds.max()) * len(seconds) <= limit or not (halves := task.halves()):
+            return [task]
+        middle = len(halves[0].places)
+        return [*self._pieces(halves[0], seconds[:middle]), *self._pieces(halves[1], seconds[middle:])]
+
+
 class TaskStream(Sampler[Task]):
     """This rank's tasks from a position on, without end."""
 
-    def __init__(self, planner: Planner, rank: int, world_size: int, start: Position, *, even: bool) -> None:
-        self.planner, self.rank, self.world_size, self.start, self.even = planner, rank, world_size, start, even
+    def __init__(self, tasks: StepTasks, start: Position) -> None:
+        self.tasks, self.start = tasks, start
 
     def __iter__(self) -> Iterator[Task]:
         position = self.start
         while True:
-            pool, plan = self.planner.segment(position.epoch, position.segment)
-            share = share_of(plan, position.step, self.rank, self.world_size, even=self.even)
-            begin = int(plan.bounds[position.step * plan.per_step])
-            for number in (*share.parts, *share.idle):
-                rows = plan.part(number)
-                yield Task(pool.places[rows], pool.epochs[rows], number - begin)
-            position = self.planner.after(position)
+            learned, idle = self.tasks.at(position)
+            yield from (*learned, *idle)
+            position = self.tasks.planner.after(position)
 
 
 class TrainLoader:
     """Yields this rank's share of each step.
 
-    even_passes: see `share_of`.
+    limits: of the rectangles, as a run that is continued has them. even_passes: see `share_of`. With
+    `batch.max_seconds: auto` it gives steps once `limit` has told it what was measured.
     """
 
     def __init__(
@@ -101,6 +147,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         even_passes: bool = False,
+        limits: LimitState | None = None,
     ) -> None:
         leaves = read_mixture(config.train) if is_mixture(config.train) else []
         manifest: Manifest | Joined = (
@@ -108,25 +155,28 @@ class TrainLoader:
         )
         self.config, self.even_passes = config, even_passes
         self.rank, self.world_size = rank, world_size
-        slowest = min(config.speed, default=1.0)
-        longest = config.max_seconds if not config.speed else min(config.max_seconds, batch.max_seconds * slowest)
+        self._slowest = slowest = min(config.speed, default=1.0)
+        most = batch.seconds_per_step if batch.max_seconds == "auto" else batch.micro_batch_seconds
+        longest = config.max_seconds if not config.speed else min(config.max_seconds, most * slowest)
         self.selection = select(np.asarray(manifest.seconds), config.min_seconds, longest, config.crop_seconds)
         if slowest < 1.0:  # a slowed cut is longer: fill batches by the longest it can become
             self.selection = Selection(
                 self.selection.places, self.selection.seconds / np.float32(slowest), self.selection.dropped
             )
+        self.dataset = MicroBatches(manifest, config, prepare, seed, hop, Augmentation.build(config), self.selection)
+        if limits is None and batch.max_seconds == "auto":
+            limits = LimitState.begin(Limits(batch.seconds_per_step))
         self.mixture = _mixed(leaves, self.selection, batch, seed) if leaves else None
-        self.planner = Planner(self.mixture or EpochOrder.of(self.selection, batch, seed), batch, seed)
-        self.dataset = MicroBatches(
-            manifest,
-            config,
-            prepare,
-            seed,
-            hop,
-            Augmentation.build(config),
-            self.selection,
-            batch.max_seconds * min(slowest, 1.0),
-        )
+        order = self.mixture or EpochOrder.of(self.selection, batch, seed)
+        self.planner = Planner(order, batch, seed, limits)
+        self.limit(self.planner.limits)
+
+    def limit(self, limits: LimitState) -> None:
+        """Plan and divide by these limits from the next step on; the same on every rank."""
+        if limits.now.characters and self.planner.characters is None:
+            self.planner.characters = characters(self.dataset.manifest)
+        self.planner.limit(limits)
+        self.dataset = replace(self.dataset, max_seconds=limits.now.least * min(self._slowest, 1.0))
 
     def describe(self) -> str:
         """Return what is trained on and what was left out, and the steps of an epoch or the shares of a mixture."""
@@ -147,19 +197,33 @@ class TrainLoader:
         about = "" if self.planner.order.segments(0) == 1 else "about "
         return f"{self.selection.describe()}; {about}{self.planner.steps(0):.0f} steps an epoch"
 
+    def cost(self, task: Task) -> tuple[float, float]:
+        """Return what the plan counts for a task's longest cut, in seconds, and for its longest text, in characters."""
+        seconds = float(self.dataset.manifest.seconds[task.places].max())
+        texts = self.planner.texts(task.places)
+        crop = self.config.crop_seconds or seconds
+        return min(seconds, crop) / min(self._slowest, 1.0), 0.0 if texts is None else float(texts.max())
+
+    def smallest(self) -> Batch:
+        """Read the shortest cut in this process: what a rank runs that has nothing else to run."""
+        return self.dataset[Task.of(self.selection.places[[int(self.selection.seconds.argmin())]])]
+
     def steps(self, start: Position) -> Generator[Step, None, None]:
-        """Iterate without end from a position; reaching the first batch costs the same wherever the position is."""
-        stream = TaskStream(self.planner, self.rank, self.world_size, start, even=self.even_passes)
-        batches = read_ahead(self.dataset, stream, self.config)
-        position = start
+        """Iterate without end from a position; reaching the first batch costs the same wherever the position is.
+
+        What was read ahead by limits that have changed since is thrown away.
+        """
+        tasks = StepTasks(self.planner, self.rank, self.world_size, even=self.even_passes)
+        position, limits = start, None
         while True:
-            _, plan = self.planner.segment(position.epoch, position.segment)
-            share = share_of(plan, position.step, self.rank, self.world_size, even=self.even_passes)
-            learned = [next(batches) for _ in share.parts]
-            idle = [next(batches) for _ in share.idle]
+            if limits is not self.planner.limits:
+                limits = self.planner.limits
+                batches = read_ahead(self.dataset, TaskStream(tasks, position), self.config)
+            learned, idle = tasks.at(position)
+            read = [next(batches) for _ in (*learned, *idle)]
             seconds = self._by_source(position)
             position = self.planner.after(position)
-            yield Step(learned, position, idle, seconds)
+            yield Step(read[: len(learned)], position, read[len(learned) :], seconds, learned)
 
     def _by_source(self, position: Position) -> dict[str, float]:
         """Return what each source gives to a step over all ranks, in seconds."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from harken.config.schema import BatchConfig
 from harken.core.draws import Draws, key
 from harken.core.permutation import Permutation
+from harken.data.limits import Limits, LimitState
 from harken.data.plan import Plan, make_plan
 from harken.data.selection import Selection
 
@@ -100,12 +101,32 @@ class Planner:
 
     The last few are kept, for readers run ahead of the loop; the next is made in a thread from the middle of a segment
     on, so that the loop does not wait for it.
+
+    limits: of the rectangles; None: all may hold `batch.max_seconds`. characters: `(N,)` lengths of the texts of a
+    whole manifest, which limits may depend on.
     """
 
-    def __init__(self, order: Order, batch: BatchConfig, seed: int) -> None:
-        self.order, self.batch, self.seed = order, batch, seed
+    def __init__(
+        self,
+        order: Order,
+        batch: BatchConfig,
+        seed: int,
+        limits: LimitState | None = None,
+        characters: NDArray[np.int32] | None = None,
+    ) -> None:
+        self.order, self.batch, self.seed, self.characters = order, batch, seed, characters
+        self.limits = limits or LimitState.begin(Limits.of_rows(batch.micro_batch_seconds, batch.limits))
         self._plans: dict[tuple[int, int], Future[tuple[Pool, Plan]]] = {}
         self._thread: ThreadPoolExecutor | None = None
+
+    def limit(self, limits: LimitState) -> None:
+        """Plan by other limits from now on."""
+        self.limits = limits
+        self._plans.clear()
+
+    def texts(self, places: NDArray[np.integer]) -> NDArray[np.int32] | None:
+        """Return the lengths of the texts of cuts, where limits ask for them."""
+        return self.characters[places] if self.characters is not None else None
 
     def segment(self, epoch: int, segment: int) -> tuple[Pool, Plan]:
         """Return the cuts of a segment and their plan."""
@@ -119,7 +140,8 @@ class Planner:
     def _plan(self, epoch: int, segment: int) -> tuple[Pool, Plan]:
         pool = self.order.pool(epoch, segment)
         rng = Draws(self.seed, epoch).generator("plan", str(segment) if segment else "")
-        return pool, make_plan(pool.seconds, self.batch, rng)
+        limits = self.limits.of(epoch, segment)
+        return pool, make_plan(pool.seconds, self.batch, rng, limits, self.texts(pool.places))
 
     def _keep(self, place: tuple[int, int], future: Future[tuple[Pool, Plan]]) -> None:
         self._plans[place] = future

@@ -30,10 +30,31 @@ class Engine(Protocol):
         """Run the objective on a batch."""
         ...
 
+    @property
+    def local_passes(self) -> bool:
+        """Whether ranks send nothing before `reduce`, so that one may run its passes again while the others wait."""
+        ...
+
     def backward(self, total: Tensor, *, last: bool) -> None:
-        """Add the gradient of `total`; with `last`, reduce the step's gradient over the ranks.
+        """Add the gradient of `total`; `last` says that it is the step's last pass.
 
         Gradients are summed over ranks and micro-batches, never averaged.
+        """
+        ...
+
+    def reduce(self, scale: float = 1.0) -> None:
+        """Reduce the step's gradient over the ranks, times `scale`; every rank calls it after its passes."""
+        ...
+
+    def abandon(self) -> None:
+        """Forget the gradients of this step's passes, those that failed halfway included."""
+        ...
+
+    def recover(self, batch: Batch, *, last: bool) -> None:
+        """Send what this rank has not sent yet in a pass that failed halfway, so that the others do not wait.
+
+        batch: a small one, which is run for it. The gradient of the step is worthless: every rank must `abandon` it.
+        Raises HarkenError where a pass cannot be taken up.
         """
         ...
 

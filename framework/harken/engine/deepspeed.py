@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.loss import Loss
 from harken.engine.gather import Partitions
+from harken.engine.partitioned import PartialPass, forget_partitions, forget_pass
 from harken.engine.state import Snapshot
 from harken.engine.watchdog import collective_timeout
 
@@ -132,6 +134,8 @@ class DeepSpeedEngine:
         self._alone = distributed.world_size() == 1 and config.zero_stage == 0
         if self._alone:  # DeepSpeed would still copy all gradients into a buffer and back: a copy's time and memory
             self._engine.enable_backward_allreduce = False
+        self._unreduced, self._waiting = ExitStack(), False  # ZeRO 1 between its first backward and `reduce`
+        self._partial = PartialPass(self._engine.optimizer) if config.zero_stage == 2 else None
         self.model: nn.Module = self._engine.module
         self._partitions = Partitions(self.model, self.optimizer)
         self.device = distributed.device()
@@ -143,18 +147,73 @@ class DeepSpeedEngine:
         loss: Loss = self._engine(batch.to(self.device))
         return loss
 
+    @property
+    def wrapped(self) -> Any:
+        """DeepSpeed's own engine."""
+        return self._engine
+
+    @property
+    def local_passes(self) -> bool:
+        """With whole gradients on each rank, they are reduced once, after the step's passes."""
+        return self.config.zero_stage < 2
+
     def backward(self, total: Tensor, *, last: bool) -> None:
-        """Add the gradient of `total`; with `last`, reduce the step's gradient over the ranks."""
-        self._engine.set_gradient_accumulation_boundary(last)
+        """Add the gradient of `total`; ZeRO 2 and 3 reduce it meanwhile, in every pass."""
+        self._wait_with_reducing()
+        self._engine.set_gradient_accumulation_boundary(last and not self.local_passes)
         # DeepSpeed averages over ranks, harken sums
         self._engine.backward(total * distributed.world_size(), scale_wrt_gas=False)
-        if last and self._alone:
-            self._zero_missing_gradients()
+        if self._partial is not None:
+            self._partial.finished()
+
+    def _wait_with_reducing(self) -> None:
+        if self.config.zero_stage == 1 and not self._waiting:
+            self._unreduced.enter_context(self._engine.coalesce_grad_reduction())
+            self._waiting = True
+
+    def reduce(self, scale: float = 1.0) -> None:
+        """Reduce the step's gradient over the ranks, times `scale`; under ZeRO 2 and 3 it is reduced already."""
+        if not self.local_passes:
+            return
+        self._wait_with_reducing()  # where nothing was left to run
+        self._zero_missing_gradients()
+        if scale != 1.0:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, scale)
+        self._engine.set_gradient_accumulation_boundary(True)
+        if self.config.zero_stage == 1:
+            self._waiting = False
+            self._unreduced.close()
+            self._engine.set_gradient_accumulation_boundary(True)  # closing put it back
+        elif not self._alone:
+            self._engine.allreduce_gradients()
+
+    def abandon(self) -> None:
+        """Forget the gradients of this step's passes, those that failed halfway included."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.config.zero_stage:
+            forget_pass(self._engine.optimizer)
+        if self.config.zero_stage == 2:
+            forget_partitions(self._engine.optimizer)
+
+    def recover(self, batch: Batch, *, last: bool) -> None:
+        """Run a small batch in the place of the pass that failed; see `harken.engine.partitioned`."""
+        if self._partial is None:
+            raise HarkenError(
+                f"memory ran out in a pass, and `engine.zero_stage: {self.config.zero_stage}` cannot take one up that "
+                "was cut off: lower `batch.max_seconds` (or `batch.memory_share` with `auto`), or use stage 2; the "
+                "same command then continues from the last checkpoint"
+            )
+        self._partial.check()
+        forget_pass(self._engine.optimizer)
+        self.backward(self(batch).total * 0.0, last=last)
 
     def _zero_missing_gradients(self) -> None:
-        """Give parameters that no loss reached (a dropped layer's) a gradient of zero, as reducing over ranks does.
+        """Give parameters that no loss reached (a dropped layer's) a gradient of zero.
 
-        Without one the optimiser would pass them over, and a run would depend on the number of its processes.
+        Without one the optimiser would pass them over, and a run would depend on the number of its processes; and what
+        ranks reduce must have one shape on all, also where nothing was left to run.
         """
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is None:

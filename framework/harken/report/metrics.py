@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Record = dict[str, Any]
 
+EVENT = '{"kind": "memory"'  # what befell a run is no figure of it
 # what a record says about itself, beside its figures
 _ABOUT = {"kind", "step", "time", "epoch", "hours", "wall"}
 
@@ -100,7 +101,7 @@ def read_metrics(path: Path) -> Metrics:
     for number, line in enumerate(lines, start=1):
         record = _record(line)
         if record is None:
-            unreadable += bool(line.strip()) and number < len(lines)
+            unreadable += bool(line.strip()) and number < len(lines) and not line.startswith(EVENT)
             continue
         step, is_train = record["step"], record["kind"] == "train"
         _drop_from(kept["train"], step if is_train else step + 1)  # training logs a step before validation does

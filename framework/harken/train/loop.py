@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from harken.config.schema import RunConfig
-from harken.core import distributed, draws, progress
+from harken.core import distributed, progress
 from harken.core.batch import Batch, Note
 from harken.core.errors import HarkenError
 from harken.data.loader import EvalLoader, Step, TrainLoader
@@ -21,7 +23,9 @@ from harken.train.checkpoint import Checkpoints
 from harken.train.log import RunLog, duration, say
 from harken.train.metrics import Meter
 from harken.train.nonfinite import name_skipped
+from harken.train.passes import StepRunner
 from harken.train.rollback import due, roll_back
+from harken.train.shrink import shrink
 from harken.train.signals import StopRequest
 from harken.train.speed import Speedometer
 from harken.train.state import TrainState
@@ -125,26 +129,17 @@ def rehearse(run: Run) -> None:
 
 def _step(run: Run, step: Step) -> bool:
     """Run this rank's batches of a step and the optimiser; the gradient is that of the mean over all targets."""
-    config, state, batches = run.config, run.state, step.batches
-    progress.note("forward", ids=(*batches, *step.idle)[0].ids)
-    # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter
-    targets = distributed.sum_over_ranks([sum(batch.num_targets for batch in batches)])[0]
+    config, state = run.config, run.state
+    progress.note("forward", ids=(*step.batches, *step.idle)[0].ids)
     set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
-    losses = []
-    passes = len(batches) + len(step.idle)
-    for place, batch in enumerate((*batches, *step.idle), start=1):
-        draws.begin_micro_batch(config.seed, state.step, batch.micro_batch)
-        progress.note("forward", ids=batch.ids)
-        loss = run.engine(batch)
-        progress.note("backward")
-        if place > len(batches):  # nothing to learn from: this rank only keeps in step with the others
-            run.engine.backward(loss.total * 0.0, last=place == passes)
-            continue
-        run.engine.backward(loss.total / max(targets, 1.0), last=place == passes)
-        losses.append(loss.total.detach())
-        run.meter.add(loss.metrics)
-        run.speed.add(batch, run.flops(batch))
-        run.log.samples(state.step + 1, batch)
+    passes = StepRunner(run.engine, run.loader, config.seed).run(step, state.step)
+    for done in passes.done:
+        run.meter.add(done.metrics)
+        run.speed.add(done.batch, run.flops(done.batch))
+        run.log.samples(state.step + 1, done.batch)
+    if passes.failures:
+        shrink(run.loader, run.log, state, passes.failures)
+    run.engine.reduce(passes.scale)
     progress.note("step")
     applied = run.engine.step()
     if applied:
@@ -155,7 +150,8 @@ def _step(run: Run, step: Step) -> bool:
     else:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
-        run.weights_lost = name_skipped(run.engine, config.seed, state.step, batches, losses)
+        learned = [(done.batch, done.total) for done in passes.done] or [(step.idle[0], torch.zeros(()))]
+        run.weights_lost = name_skipped(run.engine, config.seed, state.step, *zip(*learned, strict=True))
     return applied
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from harken.core import distributed
@@ -24,11 +23,11 @@ class Meter:
             self._sums[name] = (value, weight)
 
     def read(self) -> dict[str, float]:
-        """Return the mean of each metric over all ranks. Every rank calls it with the same names."""
-        names = sorted(self._sums)
+        """Return the mean of each metric over all ranks; one that idled, or left all of its cuts out, has none."""
+        names = sorted(set(distributed.gather(list(self._sums))))
         if not names:
             return {}
-        flat = torch.stack([part.double() for name in names for part in self._sums[name]]).tolist()
+        flat = [float(part) for name in names for part in self._sums.get(name, (0.0, 0.0))]
         sums = distributed.sum_over_ranks(flat)
         self._sums.clear()
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,20 +22,25 @@ from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
 from harken.data.dataset import Prepare
 from harken.data.failures import NamingFailures
+from harken.data.limits import LimitState
 from harken.data.loader import EvalLoader, TrainLoader
 from harken.data.order import Position
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
+from harken.engine.memory import refuse_above
 from harken.engine.precision import resolved
 from harken.engine.watchdog import watched
 from harken.optim.ema import WeightAverage
 from harken.optim.groups import parameter_groups
 from harken.optim.schedules.base import Schedule
+from harken.train.autosize import find_sizes
 from harken.train.checkpoint import Checkpoints
 from harken.train.lock import only_run
 from harken.train.log import RunLog, say
 from harken.train.loop import Run, out_of_patience, rehearse, train
+from harken.train.shrink import limits_of
 from harken.train.speed import Speedometer, peak_tflops
 from harken.train.state import TrainState
+from harken.train.tune import table
 
 
 class Trainable(Protocol):
@@ -93,43 +99,87 @@ def _run(run: Run) -> str:
         run.log.close()
 
 
-def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
-    rank, world = distributed.rank(), distributed.world_size()
-    loader = TrainLoader(
+def tune_batch(
+    config: RunConfig, folder: Path | None, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec
+) -> str:
+    """Measure which batches fit in this device's memory; return a table, and the keys that give a run its numbers.
+
+    folder: of the run that will use it, whose cache is read and written; None measures for the table alone.
+    """
+    start_processes(config.engine)
+    batch = replace(config.batch, max_seconds="auto", limits=())
+    config = replace(config, engine=resolved(config.engine), batch=batch)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    engine, average, _, _ = _engine(config, make)
+    sizes = find_sizes(config, folder, engine, average, _loader(config, prepare, spec))
+    return table(sizes.measured, sizes.limits)
+
+
+def _loader(config: RunConfig, prepare: MakePrepare, spec: FrameSpec) -> TrainLoader:
+    return TrainLoader(
         config.data,
         config.batch,
         NamingFailures(prepare(True)),
         seed=config.seed,
         hop=spec.stride,
-        rank=rank,
-        world_size=world,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
         even_passes=config.engine.zero_stage > 1,  # gradients or weights are sent in every pass
     )
-    say(f"training data {config.data.train}: {loader.describe()}")
-    valid = None
-    if config.data.valid is not None:
-        valid = EvalLoader(
-            config.data.valid,
-            config.data,
-            config.batch.max_seconds,
-            NamingFailures(prepare(False)),
-            rank=rank,
-            world_size=world,
-        )
+
+
+def _engine(
+    config: RunConfig, make: MakeObjective
+) -> tuple[DeepSpeedEngine, WeightAverage | None, nn.Module, list[str]]:
+    """Return engine, average, model, and the names of the parameter groups."""
     torch.manual_seed(config.seed)  # the weights: equal on every rank and for every number of ranks
     model = make(config)
-    part = cast(Trainable, model)
     names: list[str] = []
 
     def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(module, part.rate_scale)
+        groups = parameter_groups(module, cast(Trainable, model).rate_scale)
         names.extend(group_names(groups))
         return cast(torch.optim.Optimizer, build("optimizer", config.optimizer, groups=groups))
 
     engine = DeepSpeedEngine(model, make_optimizer, config.engine, config.train)
-    average = _average(config, engine.model)
+    return engine, _average(config, engine.model), model, names
+
+
+def _limit(
+    config: RunConfig,
+    folder: Path,
+    loader: TrainLoader,
+    engine: DeepSpeedEngine,
+    average: WeightAverage | None,
+    state: TrainState,
+) -> None:
+    """Give the loader the limits that the run was saved with, or that are measured now."""
+    auto = config.batch.max_seconds == "auto"
+    state.limits = limits_of(state, None if auto else config.batch.micro_batch_seconds)
+    if auto and state.limits is None:
+        state.limits = LimitState.begin(find_sizes(config, folder, engine, average, loader).limits)
+    if state.limits is not None:
+        loader.limit(state.limits)
+    if config.batch.memory_gib is not None:
+        refuse_above(config.batch.memory_gib)
+
+
+def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
+    loader = _loader(config, prepare, spec)
+    engine, average, model, names = _engine(config, make)
+    part = cast(Trainable, model)
     checkpoints = Checkpoints(folder, config)
     state = _resume(checkpoints, engine, average, part.fingerprint(config))
+    _limit(config, folder, loader, engine, average, state)
+    say(f"training data {config.data.train}: {loader.describe()}")
+    valid = None
+    if config.data.valid is not None:
+        most = loader.planner.limits.now.at(math.inf)
+        rank, world = distributed.rank(), distributed.world_size()
+        valid = EvalLoader(
+            config.data.valid, config.data, most, NamingFailures(prepare(False)), rank=rank, world_size=world
+        )
     if distributed.is_main():
         write_text_atomic(folder / "config.yaml", to_yaml(config))
     dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from harken.data.limits import LimitState
 from harken.data.order import Position
 
 
@@ -31,6 +32,7 @@ class TrainState:
     rolled_back_to: int | None = None
     cuts_read: int = 0
     noted: dict[str, dict[str, str]] = field(default_factory=dict)
+    limits: LimitState | None = None
     best_score: float | None = None
     validations_without_best: int = 0
     fingerprint: dict[str, str] = field(default_factory=dict)
@@ -43,4 +45,6 @@ class TrainState:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainState:
         """Read what `to_dict` gave."""
-        return cls(**{**data, "position": Position(**data["position"])})
+        limits = data.get("limits")
+        read = {"position": Position(**data["position"]), "limits": LimitState.from_dict(limits) if limits else None}
+        return cls(**{**data, **read})

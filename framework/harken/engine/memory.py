@@ -1,0 +1,101 @@
+"""The memory of this process's device: when it ran out, how much a step took, and a limit that is real on a CPU too."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from harken.core import distributed
+
+GIB = 2**30
+# what torch, oneDNN and CUDA's libraries say instead of raising OutOfMemoryError
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+    "could not create a memory",  # oneDNN, which gives no reasons
+    "could not create a primitive",
+    "could not execute a primitive",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def free() -> None:
+    """Give back what a failed pass held."""
+    gc.collect()  # its exception and graph may refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def device_gib() -> float:
+    """Return the memory of this process's GPU in GiB, or its share of what is free to the machine's CPUs."""
+    device = distributed.device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(distributed.world_size())))
+    return _kib("/proc/meminfo", "MemAvailable") / 2**20 / max(1, local) + _kib("/proc/self/status", "VmRSS") / 2**20
+
+
+def refuse_above(gib: float) -> None:
+    """Refuse this process more memory than `gib` in all: on a CPU the allocator then fails, as a GPU's does.
+
+    What it has mapped from files does not count, what it has set free and kept does.
+    """
+    device = distributed.device()
+    if device.type == "cuda":
+        share = min(1.0, gib * GIB / torch.cuda.get_device_properties(device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+        return
+    room = gib * GIB - 1024 * _kib("/proc/self/status", "VmRSS")
+    soft = int(1024 * _kib("/proc/self/status", "VmData") + max(0.0, room))
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+@contextmanager
+def at_most(gib: float) -> Iterator[None]:
+    """Refuse more than `gib` for a while."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    refuse_above(gib)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(1.0, distributed.device())
+
+
+def begin_peak() -> None:
+    """Measure the peak anew from here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # a kernel that cannot: the peak is then that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib() -> float:
+    """Return the largest memory since `begin_peak` in GiB: of the GPU's allocator, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return _kib("/proc/self/status", "VmHWM") / 2**20
+
+
+def _kib(path: str, name: str) -> int:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    return 0

@@ -1,0 +1,121 @@
+"""Trains with memory that runs out: an objective that says so, on one rank of several.
+
+usage: worker_memory.py PLAN.json, a list of {"processes": N, "jobs": [[CONFIG, EXP, OUT, FAULTS], ...]}. FAULTS is
+{"forward": STEP, "backward": STEP, "cut": STEP, "steps": N}: in those steps memory runs out once on the last rank (in
+the forward pass, or when the backward pass is almost through), or whenever one of its cuts is in a batch; {"padded":
+SECONDS} measures the batch size with a last rank that holds no more than that. Each rank writes OUT.rankN.json, rank 0
+OUT.pt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from worker_train import run_group
+
+from harken.config.load import load
+from harken.config.registry import build
+from harken.config.schema import RunConfig
+from harken.core import distributed
+from harken.core.batch import Batch
+from harken.core.loss import Loss
+from harken.engine.deepspeed import DeepSpeedEngine, start_processes
+from harken.objectives.base import Objective
+from harken.objectives.saved import build_objective, build_prepare
+from harken.train.loop import _advance, _step
+from harken.train.run import _build
+
+
+class Faults:
+    """Where memory runs out on this rank: `place` once, in a batch of several cuts; `cut` wherever it is; `padded`."""
+
+    def __init__(self) -> None:
+        self.place = self.cut = ""
+        self.padded = float("inf")
+
+    def strike(self, where: str) -> None:
+        if self.place == where:
+            self.place = ""
+            raise torch.OutOfMemoryError(f"injected in the {where} pass")
+
+    def objective(self, config: RunConfig) -> Objective:
+        objective = build_objective(config)
+        forward = objective.forward
+
+        def faulty(batch: Batch) -> Loss:
+            if len(batch.ids) > 1:
+                self.strike("forward")
+            if self.cut in batch.ids or batch.padded > self.padded * 16000:
+                raise torch.OutOfMemoryError("injected for a cut, or for a size")
+            return forward(batch)
+
+        first = next(parameter for name, parameter in objective.named_parameters() if "frontend" in name)
+        first.register_hook(lambda grad: self.strike("backward"))
+        objective.forward = faulty  # type: ignore[method-assign]
+        return objective
+
+
+def digest(engine: DeepSpeedEngine) -> str:
+    weights = engine.weights()
+    return hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
+
+
+def work(path: str, exp: str, out: str, faults: dict[str, Any]) -> None:
+    config = load([path]).config
+    start_processes(config.engine)
+    last = distributed.rank() == distributed.world_size() - 1
+    injected = Faults()
+    injected.padded = faults.get("padded", injected.padded) if last else injected.padded
+    spec = build("frontend", config.frontend).spec
+    Path(exp).mkdir(exist_ok=True)
+    run = _build(config, Path(exp), injected.objective, lambda train: build_prepare(config, spec, train=train), spec)
+    injected.padded = float("inf")
+    rows: list[dict[str, Any]] = [{"weights": digest(run.engine), "limits": run.loader.planner.limits.now.rows}]
+    gradients = []
+    for data in run.loader.steps(run.state.position):
+        step = run.state.step + 1
+        if step > faults["steps"]:
+            break
+        injected.place = next((name for name in ("forward", "backward") if last and faults.get(name) == step), "")
+        (name,) = distributed.gather([data.batches[0].ids[0]] if last else [])
+        injected.cut = name if faults.get("cut") == step else ""
+        noting(run.engine, gradients)
+        applied = _step(run, data)
+        _advance(run, data)
+        limits = run.loader.planner.limits.now
+        rows.append(
+            {"applied": applied, "weights": digest(run.engine), "norm": run.engine.grad_norm, "cut": injected.cut}
+        )
+        rows[-1].update(
+            limits=limits.rows, least=limits.least, noted=run.state.noted, ids=[b.ids for b in data.batches]
+        )
+    run.checkpoints.save(run.engine, run.state, run.average)
+    run.log.close()
+    Path(f"{out}.rank{distributed.rank()}.json").write_text(json.dumps(rows))
+    if distributed.is_main():
+        torch.save(gradients, f"{out}.pt")
+
+
+def noting(engine: DeepSpeedEngine, gradients: list[torch.Tensor]) -> None:
+    """Make the engine note the gradient that its next step is given."""
+    take_step = type(engine).step
+
+    def step() -> bool:
+        found = [safe_get_full_grad(parameter) for parameter in engine.model.parameters()]
+        gradients.append(torch.cat([one.double().flatten() for one in found if one is not None]))
+        return take_step(engine)
+
+    engine.step = step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        run_group(entry["processes"], entry["jobs"], work)
