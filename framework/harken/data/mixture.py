@@ -145,7 +145,16 @@ class Joined:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def _at(self, place: int) -> tuple[Manifest, int]:
+        source = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self.manifests[source], place - int(self.starts[source])
+
+    def line(self, place: int) -> dict[str, Any]:
+        """Return the plain data of the cut at a place."""
+        manifest, own = self._at(place)
+        return manifest.line(own)
+
     def __getitem__(self, place: int) -> Cut:
         """Return the Lhotse cut at a place."""
-        source = int(np.searchsorted(self.starts, place, side="right")) - 1
-        return self.manifests[source][place - int(self.starts[source])]
+        manifest, own = self._at(place)
+        return manifest[own]
