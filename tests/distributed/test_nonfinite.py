@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_after_a_rollback_no_sample_comes_twice_and_none_is_left_out(runs) -> No
     rolled, plain = samples(folder, "weight-1"), samples(folder, "plain-1")
     assert list(dict.fromkeys(step for step, _ in plain)) == list(range(1, STEPS + 4))
     assert [ids for _, ids in rolled] == [ids for _, ids in plain]
-    assert [step for step, _ in rolled[::8]] == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+    assert [step for step, _ in itertools.groupby(step for step, _ in rolled)] == [1, 2, 3, 4, 5, 3, 4, 5, 6]
     assert (
         state(folder, "weight-1")["position"]
         == json.loads((folder / f"plain-1/checkpoints/step-{STEPS + 3:08d}/state.json").read_text())["position"]
