@@ -324,3 +324,78 @@ def refused(config: Path, exp: Path, process: subprocess.Popen[str], capsys) -> 
     assert any(error.startswith(expected.format(rank)) for rank in ranks), (error, ranks)
     assert len(error.splitlines()) == 1
     assert steps_logged(exp) >= before
+
+
+# processes, loader workers and ZeRO stage of the lives of one run, in turn
+LAYOUTS = [(2, 0, 0), (1, 1, 1), (4, 0, 2), (2, 3, 1), (1, 0, 2), (2, 1, 2), (4, 1, 0), (1, 3, 0)]
+KILLS = int(os.environ.get("HARKEN_TEST_KILLS", "4"))
+
+
+def test_killed_on_one_layout_it_goes_on_with_any_other(corpus, run_python, start_training, tmp_path: Path) -> None:
+    """SIGKILL at random points; each life has other processes, workers and another ZeRO stage than the one before.
+
+    Every (step, sample ids, crops, hash of masks) is that of an unbroken run, also of the steps that were taken twice.
+    Weights differ by the order in which ranks' float32 sums are added alone: 1e-3 of each, and losses 1e-4 of theirs.
+    HARKEN_TEST_KILLS sets how many lives there are.
+    """
+    exp, random_moments = tmp_path / "killed", random.Random(3)
+    steps = 3 * (KILLS + 1)
+    changes: dict[str, Any] = {
+        "train": {"steps": steps, "valid_every_steps": 1000},
+        "checkpoint": {"every_steps": 1, "keep_last": 3},
+        "log": {"every_steps": 1},
+        "encoder": {"dropout": 0.0, "layer_drop": 0.0},
+    }
+    for life in range(KILLS + 1):
+        processes, workers, stage = LAYOUTS[life % len(LAYOUTS)]
+        config = write_config(
+            corpus,
+            tmp_path / f"{life}.yaml",
+            "hubert",
+            "filterbank",
+            **changes,
+            data={"workers": workers, "crop_seconds": 1.5},
+            engine={"zero_stage": stage},
+        )
+        before, process = steps_logged(exp), start_training(config, exp, processes)
+        if life == KILLS:
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output
+            assert f"finished {steps} steps" in output
+            break
+        wait_until(process, lambda before=before: steps_logged(exp) > before)
+        time.sleep(random_moments.uniform(0.0, 0.3))
+        for child in kill(process):
+            with suppress(psutil.NoSuchProcess):
+                child.wait(60)
+        assert steps_logged(exp) < steps, "it was killed under way"
+    whole = write_config(corpus, tmp_path / "whole.yaml", "hubert", "filterbank", **changes, data={"crop_seconds": 1.5})
+    run_python(WORKER, write_plan(tmp_path / "plan.json", [{"processes": 1, "jobs": [(whole, tmp_path / "whole", 0)]}]))
+    expected, found = rows_of(tmp_path / "whole"), rows_of(exp)
+    assert found.keys() == expected.keys()
+    assert {step for step, _ in found} == set(range(1, steps + 1))
+    for place, rows in found.items():
+        assert all(row == expected[place][0] for row in rows), place
+    assert any(len(rows) > 1 for rows in found.values()), "a step was taken twice"
+    first, second = final_state(tmp_path / "whole", steps), final_state(exp, steps)
+    assert first["state"] == {**second["state"], "seconds": first["state"]["seconds"]}
+    for name, value in first["weights"].items():
+        assert torch.allclose(second["weights"][name], value, rtol=1e-3, atol=1e-5), name
+    for step, loss in losses_of(tmp_path / "whole").items():
+        assert losses_of(exp)[step] == pytest.approx(loss, rel=1e-4), step
+
+
+def rows_of(exp: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """Return every row of the sample log, by step and place in the step."""
+    rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for path in exp.glob("samples.rank*.jsonl"):
+        for line in path.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # cut off by the kill; the step is taken again
+                row = json.loads(line)
+                rows.setdefault((row["step"], row["micro_batch"]), []).append(row)
+    return rows
+
+
+def losses_of(exp: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
