@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _scan_arguments(_sub(verbs, "scan", "harken data scan corpus/wav --text corpus/text --out data/all.jsonl"))
     index = _sub(verbs, "index", "harken data index data/train.jsonl data/dev.jsonl")
     index.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="Lhotse cuts as plain JSONL")
+    _jobs(index)
     _verify_arguments(_sub(verbs, "verify", "harken data verify data/all.jsonl --clean data/clean.jsonl"))
     _stats_arguments(_sub(verbs, "stats", "harken data stats data/train.jsonl --max-seconds 87.5"))
     _tokens_arguments(_sub(verbs, "tokens", "harken data tokens data/train.jsonl --out data/bpe.model --size 500"))
@@ -150,11 +151,12 @@ def run_scan(args: argparse.Namespace) -> int:
 
 def run_index(args: argparse.Namespace) -> int:
     """Index manifests."""
-    from harken.data.manifest import Manifest, build_index
+    from harken.data.index import build_index
+    from harken.data.manifest import Manifest
     from harken.data.stats import length
 
     for path in args.manifests:
-        count = build_index(path)
+        count = build_index(path, jobs=args.jobs)
         print(f"{path}: {count} cuts, {length(3600 * Manifest(path).card['hours'])}")
     return 0
 
@@ -205,8 +207,8 @@ def run_stats(args: argparse.Namespace) -> int:
 def run_tokens(args: argparse.Namespace) -> int:
     """Make a tokenizer and say what is in it."""
     from harken.core.errors import HarkenError
+    from harken.data.lines import text_of
     from harken.data.manifest import Manifest
-    from harken.data.stats import text_of
     from harken.data.tokens import Characters, Pieces
 
     by_name = "bpe" if args.out.suffix == ".model" else "characters"

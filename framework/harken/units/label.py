@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from harken.core.errors import HarkenError
 from harken.core.files import atomic_folder, remove, write_json_atomic, write_text_atomic
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
+from harken.data.parallel import end_with_parent
 from harken.data.plan import make_plan, select
 from harken.data.read import UnreadableAudioError, read_cut
 from harken.units.clusterer import Clusterer
@@ -183,19 +183,11 @@ def _run(job: Job, todo: list[int], processes: int) -> None:
 def _worker(job: Job, pieces: list[int]) -> None:
     """Label pieces as long as the process that asked for them lives; an error for the user is printed bare."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         _work(job, pieces)
     except HarkenError as error:
         sys.exit(f"labelling process {os.getpid()}: {error}")
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, killed ones too: nobody else would, and it would write on."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(job: Job, pieces: list[int]) -> None:
