@@ -260,7 +260,7 @@ def _merge(path: Path, pieces: list[Piece], folder: Path, checksum: str) -> None
             counts.append(len(part["offsets"]))
     total, size = sum(counts), pieces[-1].end
     columns: dict[str, Any] = {
-        name: np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        name: np.lib.format.open_memmap(
             folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(total + (name == "offsets"),)
         )
         for name, dtype in COLUMNS.items()
@@ -276,7 +276,7 @@ def _merge(path: Path, pieces: list[Piece], folder: Path, checksum: str) -> None
     _refuse_twins(path, columns["offsets"], np.asarray(columns["hashes"]))
     for column in columns.values():
         column.flush()
-    card = {"cuts": total, "hours": hours, "bytes": size, "sha256": checksum, "columns": list(COLUMNS)}
+    card = {"cuts": total, "hours": round(hours, 6), "bytes": size, "sha256": checksum, "columns": list(COLUMNS)}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 

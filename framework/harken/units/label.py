@@ -33,10 +33,9 @@ from harken.data.plan import make_plan, select
 from harken.data.read import UnreadableAudioError, read_cut
 from harken.units.clusterer import Clusterer
 from harken.units.features import Features
-from harken.units.store import Card
+from harken.units.store import TOLERANCE, Card, make_lookup, write_lookup
 
 BATCHES_OF_A_PIECE = 8
-TOLERANCE = 2  # frames by which a decoded file may differ from its stated duration
 MakeFeatures = Callable[[], Features]
 
 
@@ -144,6 +143,7 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
     with atomic_folder(job.out, kind="label store") as folder:  # killed before it is whole, it has not begun
         (folder / "pieces").mkdir()
         write_text_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
+        write_lookup(folder, make_lookup(folder))
         np.save(folder / "index.npy", layout.index)
         with (folder / "labels.bin").open("wb") as stream:
             stream.truncate(card.labels * np.dtype(card.dtype).itemsize)
