@@ -15,7 +15,8 @@ from lhotse.audio import Recording
 
 from harken.apps.main import main
 from harken.core.errors import HarkenError
-from harken.data.manifest import Manifest, index_folder
+from harken.data.index import index_folder
+from harken.data.manifest import Manifest
 from harken.data.parallel import in_parallel
 from harken.data.read import read_cut
 from harken.data.scan import Scanned, scan

@@ -11,8 +11,9 @@ import pytest
 
 from harken.apps.main import main
 from harken.core.errors import HarkenError
+from harken.data.lines import text_of
 from harken.data.manifest import Manifest
-from harken.data.stats import bar, batches, bin_edges, describe, durations, length, render, text_of
+from harken.data.stats import bar, batches, bin_edges, describe, durations, length, render
 from harken.data.tokens import Characters, Pieces, load_tokenizer
 
 TEXTS = ["the cat sat", "the hat", None, "it's a hat that the cat sat on"]

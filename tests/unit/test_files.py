@@ -15,7 +15,7 @@ from harken.apps.main import main
 from harken.config.saved import CHECKSUMS, checksums, find_model, save_model
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_folder, atomic_path, check_replaceable, write_text_atomic
-from harken.data.manifest import build_index
+from harken.data.index import build_index
 from harken.objectives.saved import build_objective
 from harken.train.checkpoint import Checkpoints
 

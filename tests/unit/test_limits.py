@@ -15,10 +15,8 @@ from harken.core.errors import HarkenError
 from harken.data.dataset import Task, as_it_is
 from harken.data.limits import Limits, LimitState
 from harken.data.loader import TrainLoader
-from harken.data.manifest import Manifest
 from harken.data.order import Position
 from harken.data.plan import make_plan
-from harken.data.texts import characters
 
 SECONDS = np.random.default_rng(0).lognormal(1.6, 0.7, 20_000).clip(0.3, 30).astype(np.float32)
 BY_SECONDS = Limits(240, (2.0, 8.0, 30.0), (), ((240.0,), (160.0,), (60.0,)))
@@ -136,14 +134,6 @@ def test_halves_of_a_task_have_numbers_of_their_own() -> None:
     pieces = split(Task.of(np.arange(13), number=5))
     assert np.concatenate([piece.places for piece in pieces]).tolist() == list(range(13))
     assert len({piece.number for piece in pieces}) == 13
-
-
-def test_texts_are_counted_from_the_lines_or_the_index(corpus) -> None:
-    manifest = Manifest(corpus.train)
-    expected = [len(cut.supervisions[0].text) for cut in manifest]
-    assert characters(manifest).tolist() == expected
-    manifest.characters = np.arange(len(manifest))  # type: ignore[attr-defined]
-    assert characters(manifest)[5] == 5
 
 
 def test_measured_sizes_are_pasted_back(corpus, tmp_path: Path) -> None:

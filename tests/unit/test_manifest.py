@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from harken.core.errors import HarkenError
-from harken.data.manifest import Manifest, build_index, index_folder
+from harken.data.index import build_index, index_folder
+from harken.data.manifest import Manifest
 
 FORK = multiprocessing.get_context("fork")  # as the workers of a torch DataLoader begin
 

@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _scan_arguments(_sub(verbs, "scan", "harken data scan corpus/wav --text corpus/text --out data/all.jsonl"))
     index = _sub(verbs, "index", "harken data index data/train.jsonl data/dev.jsonl")
     index.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="Lhotse cuts as plain JSONL")
+    _jobs(index)
+    _check_arguments(_sub(verbs, "check", "harken data check conf/pretrain.yaml data.train=data/train.jsonl --full"))
     _verify_arguments(_sub(verbs, "verify", "harken data verify data/all.jsonl --clean data/clean.jsonl"))
     _stats_arguments(_sub(verbs, "stats", "harken data stats data/train.jsonl --max-seconds 87.5"))
     _tokens_arguments(_sub(verbs, "tokens", "harken data tokens data/train.jsonl --out data/bpe.model --size 500"))
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 ACTIONS = {
     "scan": "write an indexed manifest of a folder of audio, a TSV, a JSONL, a Kaldi directory or a Lhotse manifest",
     "index": "write the index of manifests that were made or edited by other means",
+    "check": "look whether manifests, labels and texts fit a configuration, as `harken train` does before step 0",
     "verify": "decode every cut and list the bad ones; exit status 1 when there are any",
     "stats": "durations, speakers, texts, and how the sampling plan fills its batches",
     "tokens": "make a tokenizer from the texts of manifests: a list of characters, or a BPE model",
@@ -61,6 +64,13 @@ def _scan_arguments(parser: argparse.ArgumentParser) -> None:
         help="of files with several channels (default: first)",
     )
     _jobs(parser)
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="+", help="YAML files or presets, merged left to right, then key=value overrides"
+    )
+    parser.add_argument("--full", action="store_true", help="look at every cut, not at a seeded sample of 256")
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     actions = {
         "scan": run_scan,
         "index": run_index,
+        "check": run_check,
         "verify": run_verify,
         "stats": run_stats,
         "tokens": run_tokens,
@@ -150,13 +161,32 @@ def run_scan(args: argparse.Namespace) -> int:
 
 def run_index(args: argparse.Namespace) -> int:
     """Index manifests."""
-    from harken.data.manifest import Manifest, build_index
+    from harken.data.index import build_index
+    from harken.data.manifest import Manifest
     from harken.data.stats import length
 
     for path in args.manifests:
-        count = build_index(path)
+        count = build_index(path, jobs=args.jobs)
         print(f"{path}: {count} cuts, {length(3600 * Manifest(path).card['hours'])}")
     return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Check the data of a configuration; status 1 when a run with it would be refused."""
+    from harken.apps.train import split_arguments
+    from harken.config.load import load
+    from harken.config.registry import build
+    from harken.data.check import check_data
+    from harken.objectives.saved import build_prepare
+
+    config = load(*split_arguments(args.config)).config
+    spec = build("frontend", config.frontend).spec
+    checked = check_data(config, lambda train: build_prepare(config, spec, train=train), full=args.full)
+    for level in ("note", "warning", "wrong"):
+        for text in checked.texts(level):
+            print(f"{level.upper() if level == 'wrong' else level} {text}")
+    print(f"looked at {'; '.join(checked.done)}: {len(checked.texts('wrong')) or 'nothing'} wrong")
+    return 1 if checked.refusal() else 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -205,8 +235,8 @@ def run_stats(args: argparse.Namespace) -> int:
 def run_tokens(args: argparse.Namespace) -> int:
     """Make a tokenizer and say what is in it."""
     from harken.core.errors import HarkenError
+    from harken.data.lines import text_of
     from harken.data.manifest import Manifest
-    from harken.data.stats import text_of
     from harken.data.tokens import Characters, Pieces
 
     by_name = "bpe" if args.out.suffix == ".model" else "characters"

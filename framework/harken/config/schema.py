@@ -21,6 +21,8 @@ class DataConfig:
     """Indexed manifest for validation, read whole: no crop, no augmentation. None validates never."""
     labels: tuple[str, ...] = ()
     """One label store (`harken units label`) for each codebook, with the cuts of `train` and of `valid`."""
+    valid_labels: tuple[str, ...] = ()
+    """The stores of `valid` where it was labelled apart, by the same clusterers; those of `labels` when empty."""
     sample_rate: int = 16000
     """Samples a second that audio is resampled to; equals `frontend.sample_rate`. fairseq task `sample_rate`."""
     min_seconds: float = 0.5
@@ -42,7 +44,8 @@ class DataConfig:
     prefetch_batches: int = 8
     """Micro-batches that each loader process reads ahead."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the cuts read so far could not be read."""
+    """The run stops when more than this share of the cuts read so far could not be read, and does not begin when more
+    have no transcript, one longer than their frames, or no labels of their own."""
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -52,6 +55,11 @@ class DataConfig:
             not_negative=("min_seconds", "workers"),
             shares=("noise_probability", "max_bad_share"),
         )
+        if self.valid_labels and len(self.valid_labels) != len(self.labels):
+            raise HarkenError(
+                "`data.valid_labels` must name as many stores as `data.labels`, one for each codebook, "
+                f"got {len(self.valid_labels)} and {len(self.labels)}"
+            )
         if self.labels and self.speed:
             raise HarkenError("`data.speed` moves the frames away from `data.labels`: give one of the two, got both")
         if any(not 0.5 <= factor <= 2.0 for factor in self.speed):

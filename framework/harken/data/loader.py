@@ -23,7 +23,6 @@ from harken.data.plan import Plan, rectangles
 from harken.data.reader import read_ahead
 from harken.data.selection import Selection, select
 from harken.data.shares import MixtureOrder, Source
-from harken.data.texts import characters
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class TrainLoader:
     def limit(self, limits: LimitState) -> None:
         """Plan and divide by these limits from the next step on; the same on every rank."""
         if limits.now.characters and self.planner.characters is None:
-            self.planner.characters = characters(self.dataset.manifest)
+            self.planner.characters = self.dataset.manifest.characters
         self.planner.limit(limits)
         self.dataset = replace(self.dataset, max_seconds=limits.now.least * min(self._slowest, 1.0))
 

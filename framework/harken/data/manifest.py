@@ -1,7 +1,6 @@
-"""Indexed manifests: Lhotse cuts as plain JSONL with a memory-mapped index beside them.
+"""Indexed manifests: Lhotse cuts as plain JSONL with a memory-mapped index beside them (`harken.data.index`).
 
-`train.jsonl` has the sidecar `train.jsonl.idx/`: `offsets.npy` (byte offset of each line, and the end), `seconds.npy`
-(duration of each cut) and `card.json` (size and checksum of the manifest). Opening and seeking read no line.
+Opening and seeking read no line, so that they cost the same for any number of cuts, and processes share the pages.
 
 Every rank and worker opens the manifest for itself: reads leave no position behind, so that a forked worker and its
 parent cannot move each other's, and the first of several processes that miss the index writes it for all.
@@ -10,9 +9,8 @@ parent cannot move each other's, and the first of several processes that miss th
 from __future__ import annotations
 
 import json
-import math
 import os
-import uuid
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -24,12 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_folder, remove, sha256_file, sync
+from harken.core.files import sha256_file
+from harken.data.index import build_index, index_folder, is_current
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
-
-INDEX_FILES = ("card.json", "offsets.npy", "seconds.npy")
 
 
 class Manifest:
@@ -59,6 +56,15 @@ class Manifest:
         path = index_folder(self.path) / "card.json"
         if not path.is_file():
             build_index(self.path, replace=False)
+        card = self._unchanged(path)
+        if not is_current(self.path):
+            print(f"{self.path}: its index is an older one without all columns: indexing again", file=sys.stderr)
+            build_index(self.path, replace=False)
+            card = self._unchanged(path)
+        return card
+
+    def _unchanged(self, path: Path) -> dict[str, Any]:
+        """Return the card at `path`; raise HarkenError when the manifest is not what was indexed."""
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found, again = self.path.stat(), f"run `harken data index {self.path}`"
         if card["bytes"] != found.st_size:
@@ -78,14 +84,30 @@ class Manifest:
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """Byte offset of each line, and of the end, `(N + 1,)`."""
-        offsets: NDArray[np.int64] = np.load(index_folder(self.path) / "offsets.npy", mmap_mode="r")
-        return offsets
+        return self._column("offsets")
 
     @cached_property
     def seconds(self) -> NDArray[np.float32]:
         """Duration of each cut, `(N,)`."""
-        seconds: NDArray[np.float32] = np.load(index_folder(self.path) / "seconds.npy", mmap_mode="r")
-        return seconds
+        return self._column("seconds")
+
+    @cached_property
+    def hashes(self) -> NDArray[np.uint64]:
+        """`harken.core.draws.key` of each cut's id, `(N,)`."""
+        return self._column("hashes")
+
+    @cached_property
+    def characters(self) -> NDArray[np.uint32]:
+        """Characters of each cut's text, `(N,)`; 0 where it has none."""
+        return self._column("characters")
+
+    def _column(self, name: str) -> NDArray[Any]:
+        path = index_folder(self.path) / f"{name}.npy"
+        try:
+            column: NDArray[Any] = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise HarkenError(f"{path} cannot be read ({error}): run `harken data index {self.path}`") from error
+        return column
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -108,83 +130,3 @@ class Manifest:
 
     def __iter__(self) -> Iterator[Cut]:
         return (self[place] for place in range(len(self)))
-
-
-def index_folder(path: Path) -> Path:
-    """Return the folder of a manifest's index."""
-    return path.with_name(path.name + ".idx")
-
-
-def build_index(path: str | Path, *, replace: bool = True) -> int:
-    """Index a manifest and return its number of cuts.
-
-    replace: otherwise an index that another process has written meanwhile is left as it is.
-    Raises HarkenError naming the line that is not a cut with an id and a duration, or whose id was there before.
-    """
-    path = Path(path)
-    if path.suffix != ".jsonl":
-        raise HarkenError(
-            f"a manifest is plain JSONL so that it can be read at any line, got {path}; decompress it first"
-        )
-    try:
-        offsets, seconds = _read_lines(path)
-        if replace:
-            with atomic_folder(index_folder(path), kind="index of a manifest", files=INDEX_FILES) as folder:
-                _write_index(folder, path, offsets, seconds)
-        else:
-            _write_first(path, offsets, seconds)
-    except OSError as error:
-        raise HarkenError(f"cannot index {path}: {error}") from error
-    return len(seconds)
-
-
-def _read_lines(path: Path) -> tuple[list[int], list[float]]:
-    """Return the byte offset of each line and of the end, and the seconds of each cut."""
-    offsets, seconds, seen = [0], [], set()
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            try:
-                data = json.loads(raw)
-                cut_id, duration = str(data["id"]), float(data["duration"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise HarkenError(
-                    f"{path} line {number} is not a Lhotse cut with `id` and `duration`: {error!r}"
-                ) from error
-            if not 0 < duration < math.inf:
-                raise HarkenError(f"{path} line {number}: `duration` must be positive seconds, got {duration}")
-            if cut_id in seen:
-                raise HarkenError(
-                    f"{path} line {number}: cut id `{cut_id}` occurs twice; draws and labels are keyed by id"
-                )
-            seen.add(cut_id)
-            seconds.append(duration)
-            offsets.append(offsets[-1] + len(raw))
-    return offsets, seconds
-
-
-def _write_index(folder: Path, path: Path, offsets: list[int], seconds: list[float]) -> None:
-    np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
-    np.save(folder / "seconds.npy", np.asarray(seconds, dtype=np.float32))
-    card = {
-        "cuts": len(seconds),
-        "hours": sum(seconds) / 3600,
-        "bytes": offsets[-1],
-        "sha256": sha256_file(path),
-    }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_first(path: Path, offsets: list[int], seconds: list[float]) -> None:
-    """Write the index unless one is there when this one is finished: a folder never takes the name of a full one."""
-    folder = index_folder(path)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.mkdir()
-        _write_index(temporary, path, offsets, seconds)
-        sync(temporary)
-        with suppress(OSError):
-            temporary.rename(folder)
-        if not (folder / "card.json").is_file():
-            raise OSError(f"{folder} is there and is no index: remove it")
-    finally:
-        remove(temporary)

@@ -142,6 +142,11 @@ class Joined:
         """Duration of each cut, `(N,)`."""
         return np.concatenate([np.asarray(manifest.seconds) for manifest in self.manifests])
 
+    @cached_property
+    def characters(self) -> NDArray[np.uint32]:
+        """Characters of each cut's text, `(N,)`; 0 where it has none."""
+        return np.concatenate([np.asarray(manifest.characters) for manifest in self.manifests])
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

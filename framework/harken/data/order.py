@@ -112,7 +112,7 @@ class Planner:
         batch: BatchConfig,
         seed: int,
         limits: LimitState | None = None,
-        characters: NDArray[np.int32] | None = None,
+        characters: NDArray[np.integer] | None = None,
     ) -> None:
         self.order, self.batch, self.seed, self.characters = order, batch, seed, characters
         self.limits = limits or LimitState.begin(Limits.of_rows(batch.micro_batch_seconds, batch.limits))
@@ -124,7 +124,7 @@ class Planner:
         self.limits = limits
         self._plans.clear()
 
-    def texts(self, places: NDArray[np.integer]) -> NDArray[np.int32] | None:
+    def texts(self, places: NDArray[np.integer]) -> NDArray[np.integer] | None:
         """Return the lengths of the texts of cuts, where limits ask for them."""
         return self.characters[places] if self.characters is not None else None
 

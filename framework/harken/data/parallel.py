@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +44,7 @@ def _from_processes(work: Callable[[T], R], items: Sequence[T], jobs: int, what:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lhotse"])
     waiting: deque[tuple[int, Future[list[R]]]] = deque()
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin) as pool:
         try:
             for start in starts:
                 waiting.append((start, pool.submit(_run, work, items[start : start + size])))
@@ -64,8 +65,21 @@ def _run(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     return [work(item) for item in items]
 
 
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """From now on, end this process when its parent is gone, killed ones too: nobody else would."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def with_progress(results: Iterable[R], total: int, what: str) -> Iterator[R]:

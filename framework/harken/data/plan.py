@@ -64,7 +64,7 @@ def make_plan(
     batch: BatchConfig,
     rng: np.random.Generator | None,
     limits: Limits | None = None,
-    characters: NDArray[np.int32] | None = None,
+    characters: NDArray[np.integer] | None = None,
 ) -> Plan:
     """Plan a pool of cuts that cost `seconds` `(C,)`, each exactly once.
 
@@ -146,7 +146,7 @@ class Shelf:
     """
 
     def __init__(
-        self, seconds: NDArray[np.float32], limits: Limits, characters: NDArray[np.int32] | None = None
+        self, seconds: NDArray[np.float32], limits: Limits, characters: NDArray[np.integer] | None = None
     ) -> None:
         self.seconds: list[float] = seconds.astype(np.float64).tolist()
         self.sorted: list[float] = np.sort(seconds.astype(np.float64)).tolist()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_path, write_text_atomic
 from harken.data.entries import Entry, Listing, add_texts
-from harken.data.manifest import build_index
+from harken.data.index import build_index
 from harken.data.parallel import in_parallel
 from harken.data.read import reason
 from harken.data.sources import read_source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from harken.config.schema import BatchConfig
 from harken.core.errors import HarkenError
+from harken.data.lines import supervisions_of, text_of
 from harken.data.manifest import Manifest
 from harken.data.parallel import with_progress
 from harken.data.plan import make_plan
@@ -172,18 +173,6 @@ def batches(seconds: NDArray[np.float32], max_seconds: float, parts: int) -> Bat
         fill=padded / (len(plan) * max_seconds),
         too_long=too_long,
     )
-
-
-def supervisions_of(line: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the supervisions of a cut as plain data; those of a mixed cut are its tracks'."""
-    yield from line.get("supervisions") or ()
-    for track in line.get("tracks") or ():
-        yield from track.get("cut", {}).get("supervisions") or ()
-
-
-def text_of(line: Mapping[str, Any]) -> str:
-    """Return the text of a cut as training sees it: its supervisions', joined with spaces."""
-    return " ".join(part["text"].strip() for part in supervisions_of(line) if part.get("text"))
 
 
 @dataclass

@@ -25,6 +25,10 @@ class Tokenizer(Protocol):
         """Return the ids of a text."""
         ...
 
+    def unknown(self, text: str) -> set[str]:
+        """Return what of a text has no class of its own."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ids."""
         ...
@@ -57,6 +61,10 @@ class Characters:
             raise HarkenError(
                 f"character {error} of `{text}` is not among the {len(self._ids)} of the tokenizer; normalise the text"
             ) from error
+
+    def unknown(self, text: str) -> set[str]:
+        """Return the characters that are not in the list."""
+        return set(text) - self._ids.keys()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ids."""
@@ -105,6 +113,11 @@ class Pieces:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text's pieces."""
         return [piece + 1 for piece in self._model.encode(text)]
+
+    def unknown(self, text: str) -> set[str]:
+        """Return what becomes the model's piece for the unknown."""
+        ids, pieces = self._model.encode(text), self._model.encode(text, out_type=str)
+        return {piece for number, piece in zip(ids, pieces, strict=True) if number == self._model.unk_id()}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ids."""

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_path
-from harken.data.manifest import Manifest, build_index
+from harken.data.index import build_index
+from harken.data.manifest import Manifest
 from harken.data.parallel import in_parallel
 from harken.data.read import reason
 from harken.data.scan import TOLERANCE_SECONDS, write_quarantine

@@ -16,7 +16,10 @@ from harken.encoders.backbone import Backbone
 
 
 class Prepare(Protocol):
-    """The part of an objective without parameters: it runs in the loader's workers, so it is small and pickles."""
+    """The part of an objective without parameters: it runs in the loader's workers, so it is small and pickles.
+
+    With a method `check(cuts)` (`harken.data.check.Checks`) it says before step 0 what is wrong with cuts.
+    """
 
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add masks, labels and tokens to `targets`, and set `num_targets`.

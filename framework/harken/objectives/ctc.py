@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, cast
@@ -22,8 +22,10 @@ from harken.core.errors import HarkenError
 from harken.core.files import sha256_file
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
+from harken.data.check import Cuts, Doubt
 from harken.data.masking import SpanMask
 from harken.data.tokens import BLANK, Tokenizer, load_tokenizer
+from harken.data.transcripts import check_transcripts
 from harken.encoders.backbone import Backbone
 from harken.encoders.base import Encoded
 from harken.nn.dropout import Dropout
@@ -99,14 +101,27 @@ class CtcPrepare:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_tokenizer": None}
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, opened at first use in each process."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config.tokenizer)
+        return self._tokenizer
+
+    def check(self, cuts: Cuts) -> Iterator[Doubt]:
+        """Yield what is wrong with the transcripts of cuts."""
+
+        def room(samples: int) -> int:
+            return self.spec.num_frames(samples) * self.config.head_upsampling
+
+        return check_transcripts(cuts, self.tokenizer, room, frames_needed)
+
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add `tokens` `(B, U)`, `token_lengths` and `weight` `(B,)`, and in training the masks.
 
         A transcript that needs more frames than there are gets weight 0 and a note.
         """
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.config.tokenizer)
-        sequences = [self._tokenizer.encode(text) for text in batch.texts]
+        sequences = [self.tokenizer.encode(text) for text in batch.texts]
         frames = self.spec.num_frames(batch.lengths).tolist()
         places = [count * self.config.head_upsampling for count in frames]
         fits = [
@@ -169,7 +184,7 @@ class CtcPrepare:
         return mask
 
 
-def frames_needed(tokens: list[int]) -> int:
+def frames_needed(tokens: Sequence[int]) -> int:
     """Return the fewest frames a CTC path needs: one a token, and a blank between two equal neighbours."""
     return len(tokens) + sum(a == b for a, b in pairwise(tokens))
 

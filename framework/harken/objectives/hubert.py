@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -19,10 +19,12 @@ from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss, Metrics
+from harken.data.check import Cuts, Doubt
 from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
 from harken.objectives.base import Objective
 from harken.units.alignment import UnitReader
+from harken.units.coverage import check_same_units
 from harken.units.store import LabelStore
 
 
@@ -90,6 +92,10 @@ class HubertPrepare:
         count = len(targets["masked"]) + (len(targets["unmasked"]) if self.unmasked_weight else 0)
         return replace(batch, targets={**batch.targets, **targets}, num_targets=float(count))
 
+    def check(self, cuts: Cuts) -> Iterator[Doubt]:
+        """Yield what is wrong with the labels of cuts."""
+        return self.units.check(cuts)
+
 
 class CosineCodes(nn.Module):
     """Logits of units: cosine similarity of a projected frame to each unit's embedding, over a temperature.
@@ -151,17 +157,19 @@ class Hubert(Objective):
         own = cast(HubertConfig, config.objective)
         if not config.data.labels:
             raise HarkenError("`data.labels` must name a unit store for each codebook; `harken units label` makes one")
+        stores = config.data.labels
+        if config.data.valid_labels and not train:
+            stores = config.data.valid_labels
+            for folder, other in zip(config.data.labels, stores, strict=True):
+                check_same_units(LabelStore(folder).card, LabelStore(other).card)
         mask = SpanMask(probability=own.mask_probability, length=own.mask_length)
-        return HubertPrepare(spec, mask, UnitReader(config.data.labels, spec, own.classes), own.unmasked_weight)
+        return HubertPrepare(spec, mask, UnitReader(stores, spec, own.classes), own.unmasked_weight)
 
     @staticmethod
     def fingerprint(config: RunConfig) -> dict[str, str]:
         """Return the clusterer and features of each codebook; a store of more cuts by the same ones is as good."""
         cards = [LabelStore(folder).card for folder in config.data.labels]
-        return {
-            f"data.labels[{index}]": f"{card.clusters} clusters {card.clusterer[:16]} of {card.features}"
-            for index, card in enumerate(cards)
-        }
+        return {f"data.labels[{index}]": card.made_of for index, card in enumerate(cards)}
 
     def forward(self, batch: Batch) -> Loss:
         """Return the cross entropy summed over masked frames and codebooks, plus the features penalty."""

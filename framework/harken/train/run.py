@@ -20,6 +20,7 @@ from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
+from harken.data.check import check_data
 from harken.data.dataset import Prepare
 from harken.data.failures import NamingFailures
 from harken.data.limits import LimitState
@@ -166,6 +167,7 @@ def _limit(
 
 
 def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
+    _check(config, prepare)
     loader = _loader(config, prepare, spec)
     engine, average, model, names = _engine(config, make)
     part = cast(Trainable, model)
@@ -208,6 +210,23 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
         average=average,
         state=state,
     )
+
+
+def _check(config: RunConfig, prepare: MakePrepare) -> None:
+    """Look at the data in the main process, as one pair of eyes is enough.
+
+    Raises HarkenError on every rank when the run would be spoilt.
+    """
+    refusal = ""
+    if distributed.is_main():
+        checked = check_data(config, prepare)
+        for doubt in checked.doubts:
+            if doubt.level != "wrong":
+                say(f"{doubt.level.upper()} {doubt.text}")
+        say(f"data checked: {'; '.join(checked.done)}; `harken data check --full` looks at every cut")
+        refusal = checked.refusal()
+    if refusal := distributed.broadcast_text(refusal):
+        raise HarkenError(refusal)
 
 
 def _average(config: RunConfig, model: nn.Module) -> WeightAverage | None:

@@ -22,7 +22,6 @@ from harken.core.errors import HarkenError
 from harken.data.dataset import Row, Task, collate
 from harken.data.limits import EDGES, Limits
 from harken.data.loader import TrainLoader
-from harken.data.texts import characters
 from harken.engine.base import Engine
 from harken.engine.memory import at_most, begin_peak, free, is_out_of_memory, peak_gib
 from harken.optim.ema import WeightAverage
@@ -67,7 +66,7 @@ def shapes(loader: TrainLoader, *, texts: bool) -> list[Shape]:
     ends = [end for end in EDGES if seconds.min() < end < seconds.max()] + [float(seconds.max())]
     length = np.zeros(len(seconds), dtype=np.int32)
     if texts:
-        length = characters(loader.dataset.manifest)[selection.places]
+        length = loader.dataset.manifest.characters[selection.places].astype(np.int32)
     longest_texts = sorted({float(np.quantile(length, share, method="higher")) for share in SHARES_OF_TEXTS})
     in_time, in_text = np.searchsorted(ends, seconds), np.searchsorted(longest_texts, length)
     found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
-from harken.units.store import LabelStore
+from harken.data.check import Cuts, Doubt
+from harken.units.coverage import check_labels, check_rate
+from harken.units.store import TOLERANCE, LabelStore
 
 
 class UnitReader:
@@ -48,11 +50,12 @@ class UnitReader:
                     f"`objective.classes` must equal the clusters of {store.folder}, "
                     f"got {count} and {store.card.clusters}"
                 )
-            if store.card.sample_rate != self.spec.sample_rate:
-                raise HarkenError(
-                    f"{store.folder} was labelled at {store.card.sample_rate} Hz, "
-                    f"the frontend reads {self.spec.sample_rate} Hz"
-                )
+            check_rate(store, self.spec)
+
+    def check(self, cuts: Cuts) -> Iterator[Doubt]:
+        """Yield what is wrong with the stores as the labels of cuts."""
+        for store in self.stores:
+            yield from check_labels(store, cuts)
 
     def read(self, batch: Batch, frames: int) -> NDArray[np.int32]:
         """Return `(B, frames, C)` labels; padded frames hold 0 and belong to no loss.
@@ -66,7 +69,7 @@ class UnitReader:
             for row, (cut, count, start) in enumerate(zip(batch.ids, lengths, batch.starts.tolist(), strict=True)):
                 values = store[cut]
                 places = np.rint((start + middle[:count] - store.card.center) / store.card.hop).astype(np.int64)
-                if count and places[-1] > len(values) + 1:
+                if count and places[-1] >= len(values) + TOLERANCE:
                     raise HarkenError(
                         f"cut `{cut}` has {len(values)} labels in {store.folder} and needs {int(places[-1]) + 1}: "
                         "the audio or the label rate changed"

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,14 @@ from harken.core.errors import HarkenError
 from harken.core.files import atomic_folder, remove, write_json_atomic, write_text_atomic
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
+from harken.data.parallel import end_with_parent
 from harken.data.plan import rectangles
 from harken.data.read import UnreadableAudioError, read_cut
 from harken.units.clusterer import Clusterer
 from harken.units.features import Features
-from harken.units.store import Card
+from harken.units.store import TOLERANCE, Card, make_lookup, write_lookup
 
 BATCHES_OF_A_PIECE = 8
-TOLERANCE = 2  # frames by which a decoded file may differ from its stated duration
 MakeFeatures = Callable[[], Features]
 
 
@@ -135,6 +134,7 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
     with atomic_folder(job.out, kind="label store") as folder:  # killed before it is whole, it has not begun
         (folder / "pieces").mkdir()
         write_text_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
+        write_lookup(folder, make_lookup(folder))
         np.save(folder / "index.npy", layout.index)
         with (folder / "labels.bin").open("wb") as stream:
             stream.truncate(card.labels * np.dtype(card.dtype).itemsize)
@@ -174,19 +174,11 @@ def _run(job: Job, todo: list[int], processes: int) -> None:
 def _worker(job: Job, pieces: list[int]) -> None:
     """Label pieces as long as the process that asked for them lives; an error for the user is printed bare."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         _work(job, pieces)
     except HarkenError as error:
         sys.exit(f"labelling process {os.getpid()}: {error}")
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, killed ones too: nobody else would, and it would write on."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(job: Job, pieces: list[int]) -> None:

@@ -4,6 +4,8 @@ A store is a folder:
 
     card.json       what the labels are (`Card`); written last, so a store without it is unfinished
     ids.txt         cut ids, sorted, one a line
+    lookup.npy      (3, N) uint64, by rising hash: hashes of the ids (`harken.core.draws.key`), their lines in ids.txt
+                    from 0, and the bytes at which these begin. Stores without it get it when it is first needed
     index.npy       (N + 1) int64: where each cut's labels begin; the last entry is the total
     labels.bin      the labels of all cuts, end to end, uint8 or uint16
     plan.json       the card and the hashes of the manifests: by it a continued labelling knows that it is the same
@@ -14,7 +16,8 @@ A store is a folder:
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
+import mmap
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,8 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harken.core.draws import key
 from harken.core.errors import HarkenError
-from harken.core.files import write_json_atomic
+from harken.core.files import atomic_path, write_json_atomic
+
+TOLERANCE = 2
+"""Labels by which what a file gives may differ from what its stated duration promises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,17 @@ class Card:
     def rate(self) -> float:
         """Labels a second."""
         return self.sample_rate / self.hop
+
+    @property
+    def made_of(self) -> str:
+        """What gives the class ids their meaning, in a line."""
+        return f"{self.clusters} clusters {self.clusterer[:16]} of {self.features}"
+
+    def labels_of(self, seconds: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        """Return how many labels cuts of these seconds have: one where a whole window lies inside the cut."""
+        window = 2 * self.center + 1
+        samples = np.rint(np.asarray(seconds, dtype=np.float64) * self.sample_rate)
+        return np.maximum((samples - window) // self.hop + 1, 0).astype(np.int64)
 
     def write(self, folder: Path) -> None:
         """Write card.json into the folder of a store."""
@@ -86,11 +104,33 @@ class LabelStore:
             )
         return card
 
-    @cached_property
+    @property
     def ids(self) -> list[str]:
-        """Cut ids in the order of the store."""
+        """All cut ids in the order of the store, read anew: for looking at, not for looking up."""
         with self._reading("ids.txt") as path:
             return path.read_text(encoding="utf-8").splitlines()
+
+    @cached_property
+    def lookup(self) -> NDArray[np.uint64]:
+        """Hashes, rows and places in ids.txt, `(3, N)`, by rising hash."""
+        path = self.folder / "lookup.npy"
+        if not path.is_file():
+            with self._reading("ids.txt"):
+                made = make_lookup(self.folder)
+            try:
+                write_lookup(self.folder, made)
+            except (OSError, HarkenError):  # a folder that is read-only: this process keeps what it made
+                return made
+        with self._reading("lookup.npy") as path:
+            lookup: NDArray[np.uint64] = np.load(path, mmap_mode="r")
+            if lookup.shape != (3, self.card.cuts):
+                raise ValueError(f"expected 3 x {self.card.cuts} numbers, found {lookup.shape}")
+            return lookup
+
+    @cached_property
+    def _names(self) -> mmap.mmap:
+        with self._reading("ids.txt") as path, path.open("rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
     @cached_property
     def index(self) -> NDArray[np.int64]:
@@ -118,9 +158,54 @@ class LabelStore:
 
         Raises HarkenError when the store has none for it.
         """
-        place = bisect_left(self.ids, cut)
-        if place == len(self.ids) or self.ids[place] != cut:
+        row = self._row(cut)
+        if row is None:
             raise HarkenError(
                 f"label store {self.folder} has no labels for cut `{cut}`: it was made from another manifest"
             )
-        return self.values[self.index[place] : self.index[place + 1]]
+        return self.values[self.index[row] : self.index[row + 1]]
+
+    def _row(self, cut: str) -> int | None:
+        """Return the row of a cut: those of its hash are few, and of these the id decides."""
+        hashes, rows, starts = self.lookup
+        hashed, line = np.uint64(key(cut)), cut.encode() + b"\n"
+        place = int(np.searchsorted(hashes, hashed))
+        while place < len(hashes) and hashes[place] == hashed:
+            start = int(starts[place])
+            if self._names[start : start + len(line)] == line:
+                return int(rows[place])
+            place += 1
+        return None
+
+    def rows(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Return the rows of many cuts by the hashes of their ids (`Manifest.hashes`), -1 where there is none.
+
+        Two ids in the store of one hash, one in 400,000 stores of ten million cuts, are not told apart.
+        """
+        known, rows, _ = self.lookup
+        if not len(known):
+            return np.full(len(hashes), -1)
+        order = np.argsort(hashes)  # a rising search stays in the cache
+        places = np.searchsorted(known, hashes[order]).clip(max=len(known) - 1)
+        found = np.empty(len(hashes), dtype=np.int64)
+        found[order] = np.where(known[places] == hashes[order], rows[places].astype(np.int64), -1)
+        return found
+
+
+def make_lookup(folder: Path) -> NDArray[np.uint64]:
+    """Return `LabelStore.lookup` of the ids in a store's ids.txt."""
+    hashes, starts, at = array("Q"), array("Q"), 0
+    with (folder / "ids.txt").open("rb") as stream:
+        for line in stream:
+            hashes.append(key(line.rstrip(b"\n").decode()))
+            starts.append(at)
+            at += len(line)
+    hashed = np.frombuffer(hashes, dtype=np.uint64)
+    order = np.argsort(hashed, kind="stable")
+    return np.stack([hashed[order], order.astype(np.uint64), np.frombuffer(starts, dtype=np.uint64)[order]])
+
+
+def write_lookup(folder: Path, lookup: NDArray[np.uint64]) -> None:
+    """Write lookup.npy into the folder of a store."""
+    with atomic_path(folder / "lookup.npy") as temporary, temporary.open("wb") as stream:
+        np.save(stream, lookup)
