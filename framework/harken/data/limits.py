@@ -87,7 +87,7 @@ class Limits:
         return min(self.whole, self.padded[row][column])
 
     def places(
-        self, seconds: NDArray[np.float32], characters: NDArray[np.int32] | None
+        self, seconds: NDArray[np.float32], characters: NDArray[np.integer] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return `(C,)`, `(C,)`: the buckets of many cuts, all as without text where there is none."""
         texts = np.zeros(len(seconds), dtype=np.int32) if characters is None else characters
