@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from omegaconf import OmegaConf
 
 from harken.config.load import load
 from harken.data.dataset import as_it_is
-from harken.data.loader import Position, TaskStream, TrainLoader
+from harken.data.loader import TaskStream, TrainLoader
+from harken.data.order import Position
 from harken.engine.watchdog import HUNG
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -37,8 +37,10 @@ def with_fifo(corpus, config: Path, folder: Path) -> Path:
     """Copy the manifest; the audio of the first cut that the second of two ranks reads for the step is a FIFO."""
     settings = load([config]).config
     loader = TrainLoader(settings.data, settings.batch, as_it_is, seed=settings.seed, hop=1)
-    stream = TaskStream(loader.selection, settings.batch, settings.seed, 1, 2, Position())
-    task = next(islice(stream, (STEP - 1) * MICRO_BATCHES // 2, None))
+    position = Position()
+    for _ in range(STEP - 1):
+        position = loader.planner.after(position)
+    task = next(iter(TaskStream(loader.planner, 1, 2, position, even=False)))
     rows = [json.loads(line) for line in corpus.train.read_text().splitlines()]
     fifo = folder / "fifo.flac"
     os.mkfifo(fifo)

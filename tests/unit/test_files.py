@@ -179,19 +179,22 @@ def test_an_index_leaves_a_folder_of_the_user_s(tmp_path: Path) -> None:
 @pytest.fixture
 def save(corpus, tmp_path: Path) -> Callable[[int], None]:
     """Save the checkpoint of a step, without an engine's state; the newest two are kept."""
+    from harken.engine.state import OptimizerState, Snapshot
     from harken.train.state import TrainState
 
     config = corpus.config("hubert", "filterbank", "checkpoint.keep_last=2")
 
     class NoEngine:
-        def save(self, folder: Path) -> None:
-            folder.mkdir()
-
-        def weights(self) -> dict[str, torch.Tensor]:
-            return {"a": torch.zeros(1)}
+        def snapshot(self) -> Snapshot:
+            return Snapshot({"a": torch.zeros(1)}, OptimizerState("none", {}, {}, {}, {}, {}))
 
     checkpoints = Checkpoints(tmp_path, config)
-    return lambda step: checkpoints.save(NoEngine(), TrainState(step=step), None)  # type: ignore[arg-type]
+
+    def save_and_wait(step: int) -> None:
+        checkpoints.save(NoEngine(), TrainState(step=step), None)  # type: ignore[arg-type]
+        checkpoints.wait()
+
+    return save_and_wait
 
 
 def test_pruning_leaves_what_the_user_put_among_the_checkpoints(save, tmp_path: Path, capsys) -> None:
