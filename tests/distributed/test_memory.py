@@ -96,3 +96,15 @@ def test_the_batch_size_is_what_the_smallest_rank_holds_and_changes_no_weight(re
         assert padded > HELD - 2 * seconds or seconds > HELD / 2, "and no less than that"
     assert "measuring which batches fit in 0.9 of" in output
     assert (folder / f"exp-auto-{stage}/batch_sizes.json").is_file()
+
+
+def test_hostile_batches_under_a_real_limit_end_no_run_and_cost_few_cuts(run_python) -> None:
+    """What one batch leaves behind must not keep the next from fitting: then nearly every cut would be left out."""
+    script = Path(__file__).resolve().parents[2] / "tools/bench/hostile_batches.py"
+    output = run_python(script, "--batches", "20", "--cuts", "60", "--extra-gib", "0.3")
+    found = json.loads(output.splitlines()[-1])
+    assert found["crashes"] == 0
+    assert found["applied"] == found["steps"] >= 2
+    assert found["memory_ran_out"] > 0
+    assert found["noted"].get("did not fit in memory alone, left out", 0) <= 15
+    assert "replaced" not in found["noted"], "readers are not limited"

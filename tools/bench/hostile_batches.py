@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=2000, help="batches to run at least (default: 2000)")
     parser.add_argument("--cuts", type=int, default=600, help="cuts of the corpus (default: 600)")
-    parser.add_argument("--extra-gib", type=float, default=0.12, help="memory for batches (default: 0.12)")
+    parser.add_argument("--extra-gib", type=float, default=0.3, help="memory for batches (default: 0.3)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(train(Path(folder), options)))

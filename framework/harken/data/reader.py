@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,12 @@ class _Spoken(torch.utils.data.Dataset[Batch | HarkenError]):
 
 
 def _start_worker(worker: int) -> None:
-    """Workers leave the cores to the model, and leave signals to the main process, which saves and ends them."""
+    """Workers leave the cores to the model, and leave signals to the main process, which saves and ends them.
+
+    A limit of `batch.memory_gib` is the model's: a reader that met it would call good audio unreadable.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
@@ -53,17 +54,29 @@ def device_gib() -> float:
 def refuse_above(gib: float) -> None:
     """Refuse this process more memory than `gib` in all: on a CPU the allocator then fails, as a GPU's does.
 
-    What it has mapped from files does not count, what it has set free and kept does.
+    What it has mapped from files does not count.
     """
     device = distributed.device()
     if device.type == "cuda":
         share = min(1.0, gib * GIB / torch.cuda.get_device_properties(device).total_memory)
         torch.cuda.set_per_process_memory_fraction(share, device)
         return
+    _return_what_is_free()
     room = gib * GIB - 1024 * _kib("/proc/self/status", "VmRSS")
     soft = int(1024 * _kib("/proc/self/status", "VmData") + max(0.0, room))
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _return_what_is_free() -> None:
+    """Have the C library give memory of more than 128 KiB back when it is set free, as far as it is glibc.
+
+    It keeps some for later, in pieces: under a limit, one batch that did not fit would leave no room for any other.
+    Source: mallopt(3), M_MMAP_THRESHOLD, whose default grows with what is set free.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-3, 128 * 1024)
 
 
 @contextmanager
