@@ -12,6 +12,8 @@ import pytest
 
 from harken.apps.main import main
 from harken.config.saved import damaged
+from harken.data.manifest import Manifest
+from harken.data.read import read_cut
 from harken.train.checkpoint import Checkpoints
 
 
@@ -21,11 +23,15 @@ def state_of(exp: Path) -> dict[str, Any]:
 
 def manifest_with(corpus, path: Path, change) -> Path:
     """Copy the training manifest, each line as `change(number, data)` leaves it."""
-    lines = [json.loads(line) for line in corpus.train.read_text().splitlines()]
+    lines = lines_of(corpus)
     for number, data in enumerate(lines):
         change(number, data)
     path.write_text("".join(json.dumps(data) + "\n" for data in lines))
     return path
+
+
+def lines_of(corpus) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in corpus.train.read_text().splitlines()]
 
 
 def with_bad_audio(corpus, tmp_path: Path, count: int) -> Path:
@@ -52,14 +58,16 @@ def test_a_missing_manifest_is_named(train, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_corpus_that_has_moved_is_one_error(train, corpus, tmp_path: Path, workers: int) -> None:
-    def change(number: int, data: dict[str, Any]) -> None:
-        data["recording"]["sources"][0]["source"] = f"/nowhere/{number}.flac"
+def test_a_corpus_that_is_no_audio_is_one_error(train, corpus, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "bad.flac").write_bytes(b"")
 
-    manifest = manifest_with(corpus, tmp_path / "moved.jsonl", change)
+    def change(number: int, data: dict[str, Any]) -> None:
+        data["recording"]["sources"][0]["source"] = str(tmp_path / "bad.flac")
+
+    manifest = manifest_with(corpus, tmp_path / "bad.jsonl", change)
     status, _, error = train("hubert", f"data.train={manifest}", f"data.workers={workers}")
     assert status == 2
-    assert "cannot be read: no such file or directory; and 20 others drawn in its stead cannot be read either" in error
+    assert "cannot be read: empty file (0 bytes); and 20 others drawn in its stead cannot be read either" in error
     assert f"run `harken data verify {manifest}`" in error
     assert error.startswith("harken train: cut `train-")
     assert len(error.splitlines()) == 1
@@ -83,6 +91,46 @@ def test_corrupt_audio_is_replaced_counted_and_named(train, corpus, tmp_path: Pa
         assert out.count(f" NOTE replaced: {replaced[cut]}\n") == 1
     samples = [json.loads(line) for line in (tmp_path / "exp/samples.rank0.jsonl").read_text().splitlines()]
     assert not {cut for row in samples for cut in row["ids"]} & set(replaced), "none of them was trained on"
+
+
+def test_a_nan_is_replaced_and_telephone_stereo_is_converted(train, corpus, tmp_path: Path) -> None:
+    """A file with one NaN among its samples, and one of 8 kHz with two channels of which the cut has the second."""
+    import numpy as np
+    import soundfile
+
+    wave, _ = soundfile.read(corpus.root / "audio/train-000.flac", dtype="float32")
+    bad, stereo = tmp_path / "nan.wav", tmp_path / "stereo.wav"
+    soundfile.write(bad, np.where(np.arange(len(wave)) == 500, np.nan, wave), 16000, subtype="FLOAT")
+    seconds = lines_of(corpus)[1]["duration"]
+    tone = np.sin(2 * np.pi * 440 * np.arange(round(8000 * seconds)) / 8000)
+    soundfile.write(stereo, np.stack([np.zeros_like(tone), 0.5 * tone], axis=1), 8000, subtype="FLOAT")
+
+    def change(number: int, data: dict[str, Any]) -> None:
+        recording = data["recording"]
+        if number == 0:
+            recording["sources"][0]["source"] = str(bad)
+        if number == 1:
+            recording["sources"][0].update(source=str(stereo), channels=[0, 1])
+            recording.update(sampling_rate=8000, num_samples=len(tone), channel_ids=[0, 1])
+            data["channel"] = 1
+
+    manifest = manifest_with(corpus, tmp_path / "mixed.jsonl", change)
+    status, out, error = train("hubert", f"data.train={manifest}", steps=3)
+    assert (status, error) == (0, "")
+    noted = state_of(tmp_path / "exp")["noted"]
+    assert list(noted) == ["replaced"]
+    assert list(noted["replaced"]) == ["train-000"]
+    reason = noted["replaced"]["train-000"]
+    assert reason.startswith(f"cut `train-000` ({bad}) holds samples that are not finite; `train-")
+    assert out.count(f" NOTE replaced: {reason}\n") == 1
+    looked = f"1 of 64 cuts looked at in `data.train` {manifest} are "
+    assert f" NOTE {looked}at 8000 Hz and are resampled to 16000 Hz at every reading\n" in out
+    assert f" NOTE {looked}of files with several channels: what a cut names of them is read" in out
+    samples = read_cut(Manifest(manifest)[1], 16000)
+    assert samples.shape == (2 * len(tone),)
+    middle = samples[len(tone) // 2 : -len(tone) // 2]
+    assert np.abs(middle).max() == pytest.approx(0.5, abs=0.02), "its own channel, not the mean with the silent one"
+    assert np.abs(np.fft.rfft(middle)).argmax() == pytest.approx(440 * len(middle) / 16000, abs=1)
 
 
 def test_what_is_replaced_in_validation_is_counted_and_named(train, corpus, tmp_path: Path) -> None:
@@ -159,8 +207,8 @@ def test_labels_of_another_manifest_are_refused(train, corpus, tmp_path: Path, w
     status, _, error = train("hubert", f"data.train={manifest}", f"data.workers={workers}")
     assert status == 2
     (line,) = error.splitlines()
-    assert line.startswith(f"harken train: label store {corpus.labels} has no labels for cut `other-")
-    assert line.endswith("it was made from another manifest")
+    assert line.startswith(f"harken train: label store {corpus.labels} has no labels for 64 of 64 cuts of `data.train`")
+    assert "the first `other-0`: it was made from another manifest" in line
 
 
 def test_missing_labels_and_tokenizers_are_named(train, corpus, tmp_path: Path) -> None:
@@ -177,7 +225,7 @@ def test_a_transcript_longer_than_its_frames_is_left_out_and_named(train, corpus
             data["supervisions"][0]["text"] = ""
 
     manifest = manifest_with(corpus, tmp_path / "long.jsonl", change)
-    status, out, error = train("ctc", f"data.train={manifest}", steps=3)
+    status, out, error = train("ctc", f"data.train={manifest}", "data.max_bad_share=0.02", steps=3)
     assert (status, error) == (0, "")
     left_out = state_of(tmp_path / "exp")["noted"]["left out"]
     assert sorted(left_out) == ["train-005", "train-006"]
@@ -194,7 +242,8 @@ def test_a_character_that_the_tokenizer_lacks_stops_the_run(train, corpus, tmp_p
     manifest = manifest_with(corpus, tmp_path / "marks.jsonl", change)
     status, _, error = train("ctc", f"data.train={manifest}", "data.workers=1")
     assert status == 2
-    assert "character '?' of `" in error
+    assert "64 of 64 transcripts looked at" in error
+    assert "hold characters that the tokenizer does not know, the first `train-000`: '?'; normalise" in error
     assert len(error.splitlines()) == 1
 
 

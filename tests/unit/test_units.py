@@ -21,6 +21,7 @@ import torch
 from harken.apps.main import main
 from harken.config.schema import DataConfig
 from harken.core.batch import Batch
+from harken.core.draws import key
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
 from harken.data.manifest import Manifest
@@ -33,7 +34,7 @@ from harken.units.label import Job, label
 from harken.units.store import Card, LabelStore
 
 WORKER = Path(__file__).with_name("worker_label.py")
-FILES = ("labels.bin", "ids.txt", "index.npy", "card.json", "plan.json", "unreadable.tsv")
+FILES = ("labels.bin", "ids.txt", "index.npy", "lookup.npy", "card.json", "plan.json", "unreadable.tsv")
 
 
 def quiet(text: str) -> None:
@@ -455,6 +456,45 @@ def test_a_store_without_its_ids_or_index_is_named(tmp_path: Path) -> None:
         _ = LabelStore(folder)["a"]
 
 
+def test_a_store_without_a_lookup_gets_one_and_answers_the_same(corpus, tmp_path: Path, monkeypatch) -> None:
+    import shutil
+
+    folder, whole = tmp_path / "old", LabelStore(corpus.labels)
+    shutil.copytree(corpus.labels, folder)
+    (folder / "lookup.npy").unlink()
+    names = [*whole.ids, "é"]
+    old = LabelStore(folder)
+    assert [old[name].tobytes() for name in whole.ids] == [whole[name].tobytes() for name in whole.ids]
+    assert (folder / "lookup.npy").read_bytes() == (corpus.labels / "lookup.npy").read_bytes()
+    hashes = np.array([key(name) for name in names], dtype=np.uint64)
+    assert LabelStore(folder).rows(hashes).tolist() == [*range(len(whole.ids)), -1]
+    (folder / "lookup.npy").unlink()
+
+    def refuse(folder: Path, lookup: np.ndarray) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("harken.units.store.write_lookup", refuse)
+    read_only = LabelStore(folder)
+    assert np.array_equal(read_only["train-003"], whole["train-003"])
+    assert not (folder / "lookup.npy").exists()
+
+
+def test_ids_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("harken.units.store.key", len)
+    store = LabelStore(make_store(tmp_path / "store", {"a": [1], "b": [2, 2], "aa": [3], "é": [4, 4], "bb": []}))
+    assert [store[name].tolist() for name in ("a", "b", "aa", "é", "bb")] == [[1], [2, 2], [3], [4, 4], []]
+    for name in ("c", "ab", "abc", "a\nb", ""):
+        with pytest.raises(HarkenError, match="no labels for cut"):
+            _ = store[name]
+
+
+def test_a_damaged_lookup_is_named(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "store", {"a": [1] * 20})
+    np.save(folder / "lookup.npy", np.zeros((3, 2), dtype=np.uint64))
+    with pytest.raises(HarkenError, match=r"lookup.npy cannot be read: expected 3 x 1 numbers, found \(3, 2\)"):
+        _ = LabelStore(folder)["a"]
+
+
 def test_a_clusterer_that_is_missing_or_changed_is_named(corpus, tmp_path: Path) -> None:
     with pytest.raises(HarkenError, match=r"no clusterer at .*none; `harken units fit` makes one"):
         Clusterer.load(tmp_path / "none")
@@ -473,7 +513,7 @@ def judged(tmp_path: Path, values: dict[str, list[int]], **options: Any):
     return check_units(LabelStore(make_store(tmp_path / "store", values, **options)))
 
 
-def test_healthy_units_are_counted_by_hand(tmp_path: Path) -> None:
+def test_healthy_units_are_counted_by_hand(tmp_path: Path, monkeypatch) -> None:
     report = judged(tmp_path, {"a": [0, 0, 1, 2, 2, 2], "b": [2, 3, 3, 1]}, clusters=4)
     assert report.counts == [2, 2, 4, 2]
     assert report.used == 4
@@ -481,6 +521,11 @@ def test_healthy_units_are_counted_by_hand(tmp_path: Path) -> None:
     assert report.run_lengths[:4] == [3, 2, 1, 0], "a run does not go on from one cut into the next"
     assert report.mean_run == pytest.approx(10 / 6)
     assert (report.problems, report.warnings) == ([], [])
+    store = LabelStore(tmp_path / "store")
+    assert check_units(store, np.array([1])).counts == [0, 1, 1, 2]
+    for block in (1, 7):  # blocks end between cuts, and a cut that is longer than one is not divided
+        monkeypatch.setattr("harken.units.check.BLOCK", block)
+        assert check_units(store) == report
 
 
 @pytest.mark.parametrize(
@@ -490,6 +535,15 @@ def test_healthy_units_are_counted_by_hand(tmp_path: Path) -> None:
         ([0, 1, 12, 3] * 10, "labels must lie below K = 10, found 12", ""),
         ([*[0] * 30, *range(10)], "", "unit 0 is 78% of all labels"),
         ([0, 1, 2, 3, 4] * 10, "", "only 5 of 10 clusters occur"),
+        ([*[0] * 70, *[1] * 30], "", "the perplexity of 10 clusters is 1.8: few units are most of the labels"),
+        (
+            [*[4] * 95, *range(5)],
+            (
+                "unit 4 is 96% of all labels, and at most 90% leave something to predict: the audio is mostly silence, "
+                "or the features are broken"
+            ),
+            "",
+        ),
     ],
 )
 def test_sick_units_are_judged(tmp_path: Path, capsys, values: list[int], problem: str, warning: str) -> None:
