@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from harken.config.schema import BatchConfig, DataConfig
 from harken.core.batch import Batch
+from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
 from harken.data.dataset import MicroBatches, Prepare, Task
 from harken.data.manifest import Manifest
@@ -17,6 +19,16 @@ from harken.data.order import EpochOrder, Planner, Position
 from harken.data.plan import Plan, rectangles
 from harken.data.reader import read_ahead
 from harken.data.selection import Selection, select
+from harken.data.streams.shards import is_stream
+
+
+class Place(Protocol):
+    """Where a run is in its data: a dataclass of plain values, which only the loader that made it can interpret."""
+
+    @property
+    def epoch(self) -> int:
+        """How often all of the data was read before."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,7 @@ class Step:
     """
 
     batches: list[Batch]
-    position: Position
+    position: Place
     idle: list[Batch] = field(default_factory=list)
 
 
@@ -99,6 +111,7 @@ class TrainLoader:
     ) -> None:
         manifest = Manifest.filled(config.train)
         self.config, self.even_passes = config, even_passes
+        self.remedy = f"run `harken data verify {config.train}`"  # what mends audio that cannot be read
         self.rank, self.world_size = rank, world_size
         slowest = min(config.speed, default=1.0)
         longest = config.max_seconds if not config.speed else min(config.max_seconds, batch.max_seconds * slowest)
@@ -124,6 +137,13 @@ class TrainLoader:
         about = "" if self.planner.order.segments(0) == 1 else "about "
         return f"{self.selection.describe()}; {about}{self.planner.steps(0):.0f} steps an epoch"
 
+    def restore(self, saved: Mapping[str, Any]) -> tuple[Position, str]:
+        """Return the position that a checkpoint's plain data means here, and a line where it is not exact."""
+        if "turns" not in saved:
+            return Position(**saved), ""
+        epoch = int(saved["epoch"])
+        return Position(epoch), f"WARNING the run read a stream before: it begins the manifest with epoch {epoch}"
+
     def steps(self, start: Position) -> Iterator[Step]:
         """Iterate without end from a position; reaching the first batch costs the same wherever the position is."""
         stream = TaskStream(self.planner, self.rank, self.world_size, start, even=self.even_passes)
@@ -147,6 +167,11 @@ class EvalLoader:
     def __init__(
         self, path: str, config: DataConfig, max_seconds: float, prepare: Prepare, *, rank: int = 0, world_size: int = 1
     ) -> None:
+        if is_stream(path):
+            raise HarkenError(
+                f"`{path}` is a stream, and what is read whole and by duration must be an indexed manifest: "
+                "`harken data shards STREAM --out NAME.jsonl` makes one"
+            )
         manifest = Manifest.filled(path)
         self.config, self.rank, self.world_size = replace(config, crop_seconds=None), rank, world_size
         seconds = np.asarray(manifest.seconds)

@@ -21,7 +21,8 @@ from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
 from harken.data.dataset import Prepare
 from harken.data.loader import EvalLoader, TrainLoader
-from harken.data.order import Position
+from harken.data.streams.loader import StreamLoader
+from harken.data.streams.shards import is_stream
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
 from harken.engine.precision import resolved
 from harken.optim.ema import WeightAverage
@@ -92,7 +93,8 @@ def _run(run: Run) -> str:
 
 def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
     rank, world = distributed.rank(), distributed.world_size()
-    loader = TrainLoader(
+    kind: type[StreamLoader | TrainLoader] = StreamLoader if is_stream(config.data.train) else TrainLoader
+    loader = kind(
         config.data,
         config.batch,
         prepare(True),
@@ -122,6 +124,9 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
     average = _average(config, engine.model)
     checkpoints = Checkpoints(folder, config)
     state = _resume(checkpoints, engine, average, part.fingerprint(config))
+    state.position, exactness = loader.restore(state.position)
+    if exactness:
+        say(exactness)
     if distributed.is_main():
         write_text_atomic(folder / "config.yaml", to_yaml(config))
     dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
@@ -168,7 +173,7 @@ def _resume(
 ) -> TrainState:
     newest = checkpoints.newest()
     if newest is None:
-        return TrainState(position=Position(), fingerprint=fingerprint)
+        return TrainState(fingerprint=fingerprint)
     changed = config_changes(load_config(newest), checkpoints.config)
     if changed:
         say(f"WARNING the configuration differs from that of {newest}:\n  " + "\n  ".join(changed))
@@ -177,7 +182,7 @@ def _resume(
     state.fingerprint = fingerprint
     checkpoints.load(newest, engine, average)
     say(
-        f"continuing from {newest}: step {state.step}, epoch {state.position.epoch}, "
+        f"continuing from {newest}: step {state.step}, epoch {state.position['epoch']}, "
         f"{state.seconds / 3600:.2f} h of audio seen"
     )
     return state

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from harken.data.order import Position
-
 
 @dataclass
 class TrainState:
     """Counters of a run.
 
-    step: optimiser steps taken (skipped ones too). position: of the data plan. seconds: audio seen over all ranks.
+    step: optimiser steps taken (skipped ones too). position: in the data; plain data until
+    the loader that made it has restored it. seconds: audio seen over all ranks.
     wall_seconds: time spent training. skipped_steps: those whose gradient was not finite. cuts_read: over all ranks
     and epochs. noted: {kind: {cut id: reason}} of cuts that were replaced or left out. best_score: the best
     finite validation score so far. validations_without_best: since then. fingerprint: what the targets are made of.
@@ -20,7 +19,7 @@ class TrainState:
     """
 
     step: int = 0
-    position: Position = field(default_factory=Position)
+    position: Any = field(default_factory=dict)
     seconds: float = 0.0
     wall_seconds: float = 0.0
     skipped_steps: int = 0
@@ -37,4 +36,4 @@ class TrainState:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainState:
         """Read what `to_dict` gave."""
-        return cls(**{**data, "position": Position(**data["position"])})
+        return cls(**data)
