@@ -15,7 +15,8 @@ class DataConfig:
     """Where the audio is and how it is read."""
 
     train: str
-    """Indexed manifest that is trained on: Lhotse cuts as JSONL, made by `harken data scan`."""
+    """Indexed manifest that is trained on: Lhotse cuts as JSONL, made by `harken data scan`. Or a stream: a folder of
+    Lhotse Shar or WebDataset, tars by brace expansion, URLs, `pipe:COMMAND`, a list of these in a `.txt`."""
     valid: str | None = None
     """Indexed manifest for validation, read whole: no crop, no augmentation. None validates never."""
     labels: tuple[str, ...] = ()

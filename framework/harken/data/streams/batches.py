@@ -6,6 +6,7 @@ This runs in the loader's workers.
 from __future__ import annotations
 
 import math
+import random
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lhotse.dataset.sampling import DynamicBucketingSampler
 from lhotse.dataset.sampling.base import TimeConstraint
-from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketer, estimate_duration_buckets
 from torch.utils.data import IterableDataset
 
 from harken.config.schema import DataConfig
@@ -47,6 +47,7 @@ class PaddedSeconds(TimeConstraint):  # type: ignore[misc]
     crop: what longer cuts are cut to. bounds: ascending, the longest cut of each bucket.
     """
 
+    longest_seen: float = 0.0
     crop: float = math.inf
     bounds: list[float] = field(default_factory=list)
 
@@ -63,6 +64,9 @@ class PaddedSeconds(TimeConstraint):  # type: ignore[misc]
 def bucketed(cuts: list[Cut], limit: float, crop: float, seed: int) -> Iterator[list[Cut]]:
     """Yield every cut once, in batches of at most `limit` padded seconds, by Lhotse's dynamic bucketing.
 
+    It is the heart of Lhotse's DynamicBucketingSampler, without what is around it: that ends at the first empty bucket
+    and loses what others hold (without `sync_buckets`), or draws buckets by the worker's number (with it), which a
+    restart may change.
     The number of buckets balances two losses: few pad more, and each leaves one batch half empty at the end.
     """
     measure = PaddedSeconds(crop=crop)
@@ -70,18 +74,17 @@ def bucketed(cuts: list[Cut], limit: float, crop: float, seed: int) -> Iterator[
     wanted = min(MOST_BUCKETS, round(math.sqrt(sum(seconds) / limit)))
     ends = estimate_duration_buckets(cuts, wanted, measure) if 1 < wanted <= len(cuts) else []
     ends = sorted({float(end) for end in ends if end < max(seconds)})
-    sampler = DynamicBucketingSampler(
+    batches = DynamicBucketer(
         cuts,
-        constraint=PaddedSeconds(max_duration=limit, crop=crop, bounds=[*ends, max(seconds)]),
         duration_bins=ends,
+        world_size=1,
+        constraint=PaddedSeconds(max_duration=limit, crop=crop, bounds=[*ends, max(seconds)]),
         buffer_size=len(cuts),
         shuffle=True,
-        seed=seed,
-        sync_buckets=False,  # ranks are in windows of their own: there is no common bucket to be had
-        world_size=1,
-        rank=0,
+        rng=random.Random(key(seed, "cuts")),
+        bucket_rng=random.Random(key(seed, "buckets")),
     )
-    for batch in sampler:
+    for batch in batches:
         yield list(batch)
 
 

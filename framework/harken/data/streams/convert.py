@@ -150,8 +150,9 @@ def _plan(job: Job, work: Path, options: dict[str, Any], jobs: int) -> list[list
     remove(work)
     names: list[Shard | None] = [None]
     if is_stream(job.source):
-        names = list(find_shards(job.source))
-        sizes = list(in_parallel(_sizes, names, jobs=jobs, what="shards counted"))
+        shards = find_shards(job.source)
+        names = [*shards]
+        sizes = list(in_parallel(_sizes, shards, jobs=jobs, what="shards counted"))
     else:
         sizes = [_manifest_sizes(Manifest.filled(job.source), weigh=options["megabytes"] is not None)]
     most = options["cuts"] or (SHARD_CUTS if options["megabytes"] is None else None)

@@ -84,7 +84,9 @@ def _webdataset(shard: Shard) -> Generator[Cut | Lost, None, None]:
     except (HarkenError, GeneratorExit):
         raise
     except Exception as error:  # tarfile, zlib, the command, the network: each has its own kinds
-        raise _BreakError(_words(error), _missing(shard, place, total)) from error
+        if place != total:  # else all were had, and what comes after them does not matter
+            raise _BreakError(_words(error), _missing(shard, place, total)) from error
+        return
     if total is not None and place < total:
         raise _BreakError(f"it ends before its {total} cuts", _missing(shard, place, total))
 
@@ -174,7 +176,7 @@ def _shar(shard: Shard) -> Generator[Cut | Lost, None, None]:
                     )
                 yield _with_audio(cut, content, about, shard)
                 place += 1
-                tar.members = []  # or every header that was read stays in memory
+                cast("Any", tar).members = []  # or every header that was read stays in memory
             stream.finish(tar=True)
     except (HarkenError, GeneratorExit):
         raise
@@ -260,5 +262,7 @@ def _open(name: str) -> IO[bytes]:
 
 
 def _words(error: Exception) -> str:
-    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)  # webdataset adds its own
-    return " ".join(text.split())[:300] or repr(error)
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    if (status := re.search(r"exit (\d+) \(read\)", text)) is not None:
+        return f"its command ended with status {status[1]}"
+    return " ".join(text.split(" @ <", maxsplit=1)[0].split())[:300] or repr(error)  # webdataset adds its own object
