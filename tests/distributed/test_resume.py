@@ -21,6 +21,7 @@ import torch
 from omegaconf import OmegaConf
 
 from harken.apps.main import main
+from harken.data.streams.convert import convert
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -311,6 +312,41 @@ def test_torchrun_killed_goes_on_and_lets_no_other_run_into_its_folder(
     output, _ = start_training(tmp_path / "alone.yaml", exp).communicate(timeout=600)
     assert f"continuing from {exp}/checkpoints/step-{steps:08d}: step {steps}" in output, "one process and ZeRO 2"
     assert f"finished {steps + 1} steps" in output
+
+
+@pytest.mark.parametrize("kind", ["shar", "webdataset"])
+def test_a_stream_under_torchrun_killed_goes_on_exactly(
+    corpus, run_python, start_training, tmp_path: Path, kind: str
+) -> None:
+    """Two processes with two readers each, SIGKILL over the end of an epoch: the same as never killed, to the bit."""
+    steps, exp = 9, tmp_path / "exp"
+    convert(str(corpus.train), tmp_path / "shards", kind, shard_cuts=9, shuffle=1, jobs=1)
+    config = write_config(
+        corpus,
+        tmp_path / "hubert.yaml",
+        "hubert",
+        "filterbank",
+        data={"train": str(tmp_path / "shards"), "workers": 2},
+        train={"steps": steps, "valid_every_steps": 1000},
+        checkpoint={"every_steps": 1, "keep_last": 3},
+    )
+    process = start_training(config, exp, processes=2)
+    wait_until(process, lambda: steps_logged(exp) >= 3)
+    for child in kill(process):
+        with suppress(psutil.NoSuchProcess):
+            child.wait(60)
+    assert steps_logged(exp) < steps, "it was killed under way"
+
+    process = start_training(config, exp, processes=2)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "for 4 readers" in output
+    assert "the stream goes on exactly where its 4 readers were, " in output
+
+    entries = [{"processes": 2, "jobs": [(config, tmp_path / "whole", 0)]}]
+    run_python(WORKER, write_plan(tmp_path / "plan.json", entries))
+    assert_equal_runs(tmp_path / "whole", exp, steps)
+    assert final_state(exp, steps)["state"]["position"]["epoch"] > 0
 
 
 def refused(config: Path, exp: Path, process: subprocess.Popen[str], capsys) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harken.apps.subverbs import add_sub_verb
 
-HELP = "scan, index, verify and describe manifests; make tokenizers"
+HELP = "scan, index, verify and describe manifests; make tokenizers and shards"
 EXAMPLE = "harken data scan corpus/wav --out data/all.jsonl\n  harken data scan --help"
 
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _verify_arguments(_sub(verbs, "verify", "harken data verify data/all.jsonl --clean data/clean.jsonl"))
     _stats_arguments(_sub(verbs, "stats", "harken data stats data/train.jsonl --max-seconds 87.5"))
     _tokens_arguments(_sub(verbs, "tokens", "harken data tokens data/train.jsonl --out data/bpe.model --size 500"))
+    _shards_arguments(_sub(verbs, "shards", "harken data shards data/train.jsonl --out data/shar --shuffle 1"))
 
 
 ACTIONS = {
@@ -32,6 +33,7 @@ ACTIONS = {
     "verify": "decode every cut and list the bad ones; exit status 1 when there are any",
     "stats": "durations, speakers, texts, and how the sampling plan fills its batches",
     "tokens": "make a tokenizer from the texts of manifests: a list of characters, or a BPE model",
+    "shards": "convert between indexed manifests, Lhotse Shar and WebDataset, audio in its own coding",
 }
 
 
@@ -116,6 +118,32 @@ def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, metavar="N", help="classes of BPE, the blank included (default: 500)")
 
 
+def _shards_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a manifest, or a stream: a folder of shards, tars by brace expansion, URLs, `pipe:COMMAND`, a list .txt",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR|NAME.jsonl",
+        help="folder of the shards, or the manifest, whose audio goes to NAME.audio/",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("shar", "webdataset", "manifest"),
+        help="(default: manifest when --out ends in .jsonl, else shar)",
+    )
+    parser.add_argument("--shard-cuts", type=int, metavar="N", help="cuts of a shard at most (default: 1000)")
+    parser.add_argument("--shard-megabytes", type=float, metavar="MB", help="audio of a shard at most")
+    parser.add_argument(
+        "--shuffle", type=int, metavar="SEED", help="mix the cuts of a manifest among the shards; streams mix less"
+    )
+    _jobs(parser)
+
+
 def _jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="processes (default: one a core; one in all for a few files)"
@@ -131,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         "verify": run_verify,
         "stats": run_stats,
         "tokens": run_tokens,
+        "shards": run_shards,
     }
     return actions[args.action](args)
 
@@ -258,4 +287,26 @@ def run_tokens(args: argparse.Namespace) -> int:
     tokenizer.save(args.out)
     symbols = " ".join(tokenizer.symbols()[1:])
     print(f"{args.out}: {tokenizer.size} classes, the blank included, from {len(texts)} texts: {symbols}")
+    return 0
+
+
+def run_shards(args: argparse.Namespace) -> int:
+    """Convert, and say what came of it."""
+    from harken.data.stats import length
+    from harken.data.streams.convert import convert
+
+    result = convert(
+        args.source,
+        args.out,
+        args.to or ("manifest" if args.out.suffix == ".jsonl" else "shar"),
+        shard_cuts=args.shard_cuts,
+        shard_megabytes=args.shard_megabytes,
+        shuffle=args.shuffle,
+        jobs=args.jobs,
+    )
+    if result.resumed:
+        print(f"  {result.resumed} shards were there already, from an earlier, interrupted run")
+    print(
+        f"{args.out}: {result.cuts} cuts, {length(result.seconds)}, in {result.shards} shards, read again and compared"
+    )
     return 0

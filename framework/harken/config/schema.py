@@ -16,7 +16,8 @@ class DataConfig:
 
     train: str
     """Indexed manifest that is trained on (Lhotse cuts as JSONL, made by `harken data scan`), or a mixture of several:
-    a `.yaml` that states their shares."""
+    a `.yaml` that states their shares. Or a stream: a folder of Lhotse Shar or WebDataset, tars by brace expansion,
+    URLs, `pipe:COMMAND`, a list of these in a `.txt`."""
     valid: str | None = None
     """Indexed manifest for validation, read whole: no crop, no augmentation. None validates never."""
     labels: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from harken.data.lines import recordings_of
 from harken.data.manifest import Manifest
 from harken.data.mixture import is_mixture, read_mixture
 from harken.data.selection import select
+from harken.data.streams.shards import is_stream
 
 SAMPLE = 256
 """Cuts of a manifest that are looked at one by one when not all are: a tenth of a second on a disk of one's own."""
@@ -125,7 +126,9 @@ def check_data(config: RunConfig, prepare: Callable[[bool], Any], *, full: bool 
 
 
 def _manifests(path: str) -> list[Manifest]:
-    """Open what a configuration names as data."""
+    """Open what a configuration names as data; a stream's cuts are known only when they are read."""
+    if is_stream(path):
+        return []
     return [leaf.manifest for leaf in read_mixture(path)] if is_mixture(path) else [Manifest.filled(path)]
 
 

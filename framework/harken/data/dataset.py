@@ -118,6 +118,9 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
             f"run `harken data verify {self.manifest.path}`"
         )
 
+    def _read(self, cut: Cut, draws: Draws, notes: list[Note]) -> Row:
+        return read_row(cut, self.config, self.crop_hop, self.augmentation, draws, notes)
+
     def _substitutes(self, place: int, batch: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.integer]:
         """Draw other places of the selection whose cuts are no longer than the longest of the micro-batch.
 
@@ -135,19 +138,26 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
         longer = longer[np.argsort(seconds[longer], kind="stable")] if len(short) < SUBSTITUTES else longer[:0]
         return np.concatenate([drawn, others[longer]])[:SUBSTITUTES]
 
-    def _read(self, cut: Cut, draws: Draws, notes: list[Note]) -> Row:
-        start = 0
-        limit = self.config.crop_seconds
-        name, text = cut.id, " ".join(part.text.strip() for part in cut.supervisions if part.text)
-        if limit is not None and cut.duration > limit:
-            rate = self.config.sample_rate
-            hops = int((cut.duration - limit) * rate) // self.crop_hop
-            start = int(draws.generator("crop", name).integers(0, hops + 1)) * self.crop_hop
-            cut = cut.truncate(offset=start / rate, duration=limit)
-        samples = read_cut(cut, self.config.sample_rate)
-        if self.augmentation is not None:
-            samples = self.augmentation(samples, name, draws, notes)
-        return Row(name, text, samples, start)
+
+def read_row(
+    cut: Cut, config: DataConfig, hop: int, augmentation: Augmentation | None, draws: Draws, notes: list[Note]
+) -> Row:
+    """Read, crop and augment a cut, by the draws of its epoch.
+
+    hop: crops begin at multiples of this many samples.
+    Raises UnreadableAudioError.
+    """
+    start = 0
+    limit = config.crop_seconds
+    name, text = cut.id, " ".join(part.text.strip() for part in cut.supervisions if part.text)
+    if limit is not None and cut.duration > limit:
+        hops = int((cut.duration - limit) * config.sample_rate) // hop
+        start = int(draws.generator("crop", name).integers(0, hops + 1)) * hop
+        cut = cut.truncate(offset=start / config.sample_rate, duration=limit)
+    samples = read_cut(cut, config.sample_rate)
+    if augmentation is not None:
+        samples = augmentation(samples, name, draws, notes)
+    return Row(name, text, samples, start)
 
 
 def collate(rows: list[Row]) -> Batch:

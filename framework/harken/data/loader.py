@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,16 @@ from harken.data.plan import Plan, rectangles
 from harken.data.reader import read_ahead
 from harken.data.selection import Selection, select
 from harken.data.shares import MixtureOrder, Source
+from harken.data.streams.shards import is_stream
+
+
+class Place(Protocol):
+    """Where a run is in its data: a dataclass of plain values, which only the loader that made it can interpret."""
+
+    @property
+    def epoch(self) -> int:
+        """How often all of the data was read before."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Step:
     """
 
     batches: list[Batch]
-    position: Position
+    position: Place
     idle: list[Batch] = field(default_factory=list)
     sources: dict[str, float] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
@@ -153,6 +164,7 @@ class TrainLoader:
             Joined(Path(config.train), [leaf.manifest for leaf in leaves]) if leaves else Manifest.filled(config.train)
         )
         self.config, self.even_passes = config, even_passes
+        self.remedy = f"run `harken data verify {config.train}`"  # what mends audio that cannot be read
         self.rank, self.world_size = rank, world_size
         self._slowest = slowest = min(config.speed, default=1.0)
         most = batch.seconds_per_step if batch.max_seconds == "auto" else batch.micro_batch_seconds
@@ -206,6 +218,13 @@ class TrainLoader:
     def smallest(self) -> Batch:
         """Read the shortest cut in this process: what a rank runs that has nothing else to run."""
         return self.dataset[Task.of(self.selection.places[[int(self.selection.seconds.argmin())]])]
+
+    def restore(self, saved: Mapping[str, Any]) -> tuple[Position, str]:
+        """Return the position that a checkpoint's plain data means here, and a line where it is not exact."""
+        if "turns" not in saved:
+            return Position(**saved), ""
+        epoch = int(saved["epoch"])
+        return Position(epoch), f"WARNING the run read a stream before: it begins the manifest with epoch {epoch}"
 
     def steps(self, start: Position) -> Generator[Step, None, None]:
         """Iterate without end from a position; reaching the first batch costs the same wherever the position is.
@@ -262,6 +281,11 @@ class EvalLoader:
     def __init__(
         self, path: str, config: DataConfig, max_seconds: float, prepare: Prepare, *, rank: int = 0, world_size: int = 1
     ) -> None:
+        if is_stream(path):
+            raise HarkenError(
+                f"`{path}` is a stream, and what is read whole and by duration must be an indexed manifest: "
+                "`harken data shards STREAM --out NAME.jsonl` makes one"
+            )
         manifest = Manifest.filled(path)
         self.config, self.rank, self.world_size = replace(config, crop_seconds=None), rank, world_size
         seconds = np.asarray(manifest.seconds)

@@ -8,14 +8,17 @@ import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from harken.config.schema import DataConfig
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.data.dataset import MicroBatches, Task
+
+T = TypeVar("T")
 
 
 def read_ahead(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: DataConfig) -> Iterator[Batch]:
@@ -23,9 +26,23 @@ def read_ahead(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config:
 
     Raises HarkenError as it was raised in a worker.
     """
+    return _ahead(_Spoken(dataset), tasks, config)
+
+
+def stream_ahead(dataset: IterableDataset[T], config: DataConfig) -> Iterator[T]:
+    """Yield what each worker's own iteration of a dataset gives, the workers taking turns.
+
+    Raises HarkenError as it was raised in a worker.
+    """
+    return _ahead(_SpokenStream(dataset), None, config)
+
+
+def _ahead(
+    dataset: Dataset[T | HarkenError], tasks: Sampler[Task] | list[Task] | None, config: DataConfig
+) -> Iterator[T]:
     atexit.register(_kill_workers)
     loader = DataLoader(
-        _Spoken(dataset),
+        dataset,
         batch_size=None,
         sampler=tasks,
         num_workers=config.workers,
@@ -34,14 +51,14 @@ def read_ahead(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config:
         worker_init_fn=_start_worker,
         collate_fn=None,
     )
-    for batch in loader:
-        if isinstance(batch, HarkenError):
-            raise batch
-        yield batch
+    for item in loader:
+        if isinstance(item, HarkenError):
+            raise item
+        yield item
 
 
 @dataclass(frozen=True)
-class _Spoken(torch.utils.data.Dataset[Batch | HarkenError]):
+class _Spoken(Dataset[Batch | HarkenError]):
     """Gives errors that are meant for the user as values: torch would wrap them in the worker's traceback."""
 
     dataset: MicroBatches
@@ -51,6 +68,19 @@ class _Spoken(torch.utils.data.Dataset[Batch | HarkenError]):
             return self.dataset[task]
         except HarkenError as error:
             return error
+
+
+@dataclass(frozen=True)
+class _SpokenStream(IterableDataset[T | HarkenError]):
+    """The same for a dataset that is iterated over."""
+
+    dataset: IterableDataset[T]
+
+    def __iter__(self) -> Iterator[T | HarkenError]:
+        try:
+            yield from self.dataset
+        except HarkenError as error:
+            yield error
 
 
 def _start_worker(worker: int) -> None:

@@ -17,7 +17,6 @@ from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.frames import FrameSpec
 from harken.data.loader import Step
-from harken.data.order import Position
 from harken.engine.deepspeed import start_processes
 from harken.engine.precision import resolved
 from harken.train.log import say
@@ -68,7 +67,7 @@ def bench_data(
     with _shared_folder() as folder:
         run = _build(config, folder, make, prepare, spec)
         say(f"reading {steps} steps")
-        reader = run.loader.steps(Position())
+        reader = run.loader.steps(run.state.position)
         kept = list(itertools.islice(reader, 2))  # starts the workers; what they have read ahead is used up below
         ahead = config.data.workers * config.data.prefetch_batches
         skipped = _count(itertools.islice(reader, _steps_of(ahead, kept)))

@@ -15,6 +15,7 @@ from harken.core import distributed, progress
 from harken.core.batch import Batch, Note
 from harken.core.errors import HarkenError
 from harken.data.loader import EvalLoader, Step, TrainLoader
+from harken.data.streams.loader import StreamLoader
 from harken.engine.base import Engine
 from harken.optim.ema import WeightAverage
 from harken.optim.groups import RateScale, set_rates
@@ -31,6 +32,11 @@ from harken.train.speed import Speedometer
 from harken.train.state import TrainState
 from harken.train.validate import validate
 
+UNREADABLE = ("replaced", "unreadable")
+"""Kinds of notes that count against `data.max_bad_share`."""
+MOST_SAID = 20
+"""Notes of one step that are printed."""
+
 
 @dataclass
 class Run:
@@ -39,7 +45,7 @@ class Run:
     config: RunConfig
     folder: Path
     engine: Engine
-    loader: TrainLoader
+    loader: TrainLoader | StreamLoader
     valid: EvalLoader | None
     schedule: Schedule
     rate_scale: RateScale
@@ -132,13 +138,14 @@ def _step(run: Run, step: Step) -> bool:
     config, state = run.config, run.state
     progress.note("forward", ids=(*step.batches, *step.idle)[0].ids)
     set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
-    passes = StepRunner(run.engine, run.loader, config.seed).run(step, state.step)
+    loader = run.loader if isinstance(run.loader, TrainLoader) else None
+    passes = StepRunner(run.engine, loader, config.seed).run(step, state.step)
     for done in passes.done:
         run.meter.add(done.metrics)
         run.speed.add(done.batch, run.flops(done.batch))
         run.log.samples(state.step + 1, done.batch)
-    if passes.failures:
-        shrink(run.loader, run.log, state, passes.failures)
+    if passes.failures and loader is not None:
+        shrink(loader, run.log, state, passes.failures)
     run.engine.reduce(passes.scale)
     progress.note("step")
     applied = run.engine.step()
@@ -170,23 +177,28 @@ def _advance(run: Run, step: Step) -> None:
     state.cuts_read += int(rows)
     if noted:
         _name(run, notes)
-    bad, allowed = len(state.noted.get("replaced", {})), run.config.data.max_bad_share
-    if bad > 10 and bad > allowed * state.cuts_read:
-        names = ", ".join(list(state.noted["replaced"])[:10])
+    bad = [cut for kind in UNREADABLE for cut in state.noted.get(kind, {})]
+    allowed = run.config.data.max_bad_share
+    if len(bad) > 10 and len(bad) > allowed * state.cuts_read:
         raise HarkenError(
-            f"{bad} of {state.cuts_read} cuts could not be read, more than `data.max_bad_share` {allowed}: "
-            f"{names}, ...; run `harken data verify {run.config.data.train}`"
+            f"{len(bad)} of {state.cuts_read} cuts could not be read, more than `data.max_bad_share` {allowed}: "
+            f"{', '.join(bad[:10])}, ...; {run.loader.remedy}"
         )
     run.log.advance()
 
 
 def _name(run: Run, notes: list[Note], where: str = "") -> None:
     """Count and name what happened to cuts, each once; every rank counts those of all, and stops at the same step."""
+    said = 0
     for note in distributed.gather(notes):
         kind = note.kind + where
         if note.cut not in run.state.noted.setdefault(kind, {}):
             run.state.noted[kind][note.cut] = note.reason
-            say(f"NOTE {kind}: {note.reason}")
+            said += 1
+            if said <= MOST_SAID:
+                say(f"NOTE {kind}: {note.reason}")
+    if said > MOST_SAID:  # a shard that breaks off loses hundreds of cuts at once
+        say(f"NOTE and {said - MOST_SAID} more, each of them in `noted` of the next checkpoint's state.json")
 
 
 def _log(run: Run, left: float) -> None:

@@ -22,11 +22,14 @@ from torch import Tensor
 
 from harken.core import distributed, draws, progress
 from harken.core.batch import Batch
+from harken.core.errors import HarkenError
 from harken.core.loss import Loss, Metrics
 from harken.data.dataset import Task
 from harken.data.loader import Step, TrainLoader
 from harken.engine.base import Engine
 from harken.engine.memory import free, is_out_of_memory
+
+Work = list[tuple[Task | None, Batch]]  # a batch, and what it was read from where it can be read again
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,19 @@ class Passes:
 
 @dataclass
 class StepRunner:
-    """Runs a step's passes; the loader reads halves, and small batches, in this process."""
+    """Runs a step's passes.
+
+    loader: reads halves, and small batches, in this process; None for a stream, which cannot be read again.
+    """
 
     engine: Engine
-    loader: TrainLoader
+    loader: TrainLoader | None
     seed: int
 
     def run(self, step: Step, number: int) -> Passes:
         """Run this rank's passes of step `number`; every rank calls it, and then `Engine.reduce`."""
-        work = list(zip(step.tasks, step.batches, strict=True))
+        tasks: Sequence[Task | None] = step.tasks or [None] * len(step.batches)
+        work = list(zip(tasks, step.batches, strict=True))
         # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter
         targets = self._targets(work)
         if self.engine.local_passes:
@@ -80,10 +87,10 @@ class StepRunner:
         return self._run_sending(work, step.idle, number, targets)
 
     @staticmethod
-    def _targets(work: Sequence[tuple[Task, Batch]]) -> float:
+    def _targets(work: Work) -> float:
         return max(distributed.sum_over_ranks([sum(batch.num_targets for _, batch in work)])[0], 1.0)
 
-    def _run_local(self, work: list[tuple[Task, Batch]], idle: list[Batch], number: int, targets: float) -> Passes:
+    def _run_local(self, work: Work, idle: list[Batch], number: int, targets: float) -> Passes:
         passes = Passes()
         lost = 0.0
         while (failed := self.attempt(passes, work, idle, number, targets)) is not None:
@@ -100,7 +107,7 @@ class StepRunner:
             passes.scale = targets / max(targets - lost, 1.0)
         return passes
 
-    def _run_sending(self, work: list[tuple[Task, Batch]], idle: list[Batch], number: int, targets: float) -> Passes:
+    def _run_sending(self, work: Work, idle: list[Batch], number: int, targets: float) -> Passes:
         failures: list[Failure] = []
         while True:
             passes = Passes()
@@ -114,15 +121,24 @@ class StepRunner:
             if failed is not None and failed < len(work):
                 work[failed : failed + 1] = self._halves(work[failed][0])
             most = max(distributed.gather([len(work)]))
-            idle = [self.loader.smallest()] * (max(most, 1) - len(work))
+            idle = [self._reader(None).smallest()] * (max(most, 1) - len(work))
             targets = self._targets(work)
 
-    def _halves(self, task: Task) -> list[tuple[Task, Batch]]:
-        return [(half, self.loader.dataset[half]) for half in task.halves()]
+    def _halves(self, task: Task | None) -> Work:
+        loader = self._reader(None)
+        assert task is not None
+        return [(half, loader.dataset[half]) for half in task.halves()]
 
-    def attempt(
-        self, passes: Passes, work: list[tuple[Task, Batch]], idle: list[Batch], number: int, targets: float
-    ) -> int | None:
+    def _reader(self, error: BaseException | None) -> TrainLoader:
+        """Return the loader. Raises HarkenError, from the one that asks for it, where there is none."""
+        if self.loader is None:
+            raise HarkenError(
+                "memory ran out, and a batch of a stream cannot be read again in halves: lower `batch.max_seconds`; "
+                "the same command then continues from the last checkpoint"
+            ) from error
+        return self.loader
+
+    def attempt(self, passes: Passes, work: Work, idle: list[Batch], number: int, targets: float) -> int | None:
         """Run passes until one fails; return its place. Where passes send, run all of them, small ones in its stead."""
         passes.done.clear()
         batches = [*(batch for _, batch in work), *idle]
@@ -132,19 +148,20 @@ class StepRunner:
             if small is not None:
                 self.engine.backward(self.engine(small).total * 0.0, last=last)
                 continue
-            task = work[place][0] if place < len(work) else None
+            counts = place < len(work)
+            task = work[place][0] if counts else None
             progress.note("forward", ids=batch.ids)
             draws.begin_micro_batch(self.seed, number, batch.micro_batch)
-            loss = self._pass(passes, task, batch, 1.0 / targets if task is not None else 0.0, last=last)
+            loss = self._pass(passes, task, batch, 1.0 / targets if counts else 0.0, last=last)
             if loss is None:
                 failed = place
                 if self.engine.local_passes:
                     break
                 free()
-                small = self.loader.smallest()
+                small = self._reader(None).smallest()
                 draws.begin_micro_batch(self.seed, number, batch.micro_batch)
                 self.engine.recover(small, last=last)
-            elif task is not None:
+            elif counts:
                 passes.done.append(Pass(batch, loss.total.detach(), loss.metrics))
         return failed
 
@@ -157,8 +174,9 @@ class StepRunner:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            loader = self._reader(error)
             if task is not None:
-                seconds, characters = self.loader.cost(task)
+                seconds, characters = loader.cost(task)
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 passes.failures.append(Failure(batch.ids, seconds, characters, len(batch.ids) == 1, reason))
             return None

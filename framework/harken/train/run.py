@@ -25,7 +25,8 @@ from harken.data.dataset import Prepare
 from harken.data.failures import NamingFailures
 from harken.data.limits import LimitState
 from harken.data.loader import EvalLoader, TrainLoader
-from harken.data.order import Position
+from harken.data.streams.loader import StreamLoader
+from harken.data.streams.shards import is_stream
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
 from harken.engine.memory import refuse_above
 from harken.engine.precision import resolved
@@ -113,12 +114,15 @@ def tune_batch(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     engine, average, _, _ = _engine(config, make)
-    sizes = find_sizes(config, folder, engine, average, _loader(config, prepare, spec))
+    loader = _loader(config, prepare, spec)
+    assert isinstance(loader, TrainLoader), "a stream's loader refuses `auto`"
+    sizes = find_sizes(config, folder, engine, average, loader)
     return table(sizes.measured, sizes.limits)
 
 
-def _loader(config: RunConfig, prepare: MakePrepare, spec: FrameSpec) -> TrainLoader:
-    return TrainLoader(
+def _loader(config: RunConfig, prepare: MakePrepare, spec: FrameSpec) -> TrainLoader | StreamLoader:
+    kind: type[StreamLoader | TrainLoader] = StreamLoader if is_stream(config.data.train) else TrainLoader
+    return kind(
         config.data,
         config.batch,
         NamingFailures(prepare(True)),
@@ -162,8 +166,6 @@ def _limit(
         state.limits = LimitState.begin(find_sizes(config, folder, engine, average, loader).limits)
     if state.limits is not None:
         loader.limit(state.limits)
-    if config.batch.memory_gib is not None:
-        refuse_above(config.batch.memory_gib)
 
 
 def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
@@ -173,11 +175,19 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
     part = cast(Trainable, model)
     checkpoints = Checkpoints(folder, config)
     state = _resume(checkpoints, engine, average, part.fingerprint(config))
-    _limit(config, folder, loader, engine, average, state)
+    state.position, exactness = loader.restore(state.position)
+    if exactness:
+        say(exactness)
+    if isinstance(loader, TrainLoader):
+        _limit(config, folder, loader, engine, average, state)
+    if config.batch.memory_gib is not None:
+        refuse_above(config.batch.memory_gib)
     say(f"training data {config.data.train}: {loader.describe()}")
     valid = None
     if config.data.valid is not None:
-        most = loader.planner.limits.now.at(math.inf)
+        most = config.batch.micro_batch_seconds
+        if isinstance(loader, TrainLoader):
+            most = loader.planner.limits.now.at(math.inf)
         rank, world = distributed.rank(), distributed.world_size()
         valid = EvalLoader(
             config.data.valid, config.data, most, NamingFailures(prepare(False)), rank=rank, world_size=world
@@ -245,7 +255,7 @@ def _resume(
 ) -> TrainState:
     newest = checkpoints.newest()
     if newest is None:
-        return TrainState(position=Position(), fingerprint=fingerprint)
+        return TrainState(fingerprint=fingerprint)
     changed = config_changes(load_config(newest), checkpoints.config)
     if changed:
         say(f"WARNING the configuration differs from that of {newest}:\n  " + "\n  ".join(changed))
@@ -254,7 +264,7 @@ def _resume(
     state.fingerprint = fingerprint
     checkpoints.load(newest, engine, average)
     say(
-        f"continuing from {newest}: step {state.step}, epoch {state.position.epoch}, "
+        f"continuing from {newest}: step {state.step}, epoch {state.position['epoch']}, "
         f"{state.seconds / 3600:.2f} h of audio seen"
     )
     return state

@@ -6,24 +6,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from harken.data.limits import LimitState
-from harken.data.order import Position
 
 
 @dataclass
 class TrainState:
     """Counters of a run.
 
-    step: optimiser steps taken (skipped ones too). position: of the data plan. seconds: audio seen over all ranks.
-    wall_seconds: time spent training. skipped_steps: those whose gradient was not finite; skipped_in_a_row: up to now.
-    rollbacks: to a checkpoint; rolled_back_to: its step, until a step is taken. cuts_read: over all ranks and epochs.
-    noted: {kind: {cut id: reason}} of cuts that were replaced or left out. best_score: the best finite validation
-    score so far. validations_without_best: since then. fingerprint: what the targets are made of. seconds_by_source:
-    audio of each source of a mixture.
+    step: optimiser steps taken (skipped ones too). position: in the data; plain data until the loader that made it has
+    restored it. seconds: audio seen over all ranks. wall_seconds: time spent training. skipped_steps: those whose
+    gradient was not finite; skipped_in_a_row: up to now. rollbacks: to a checkpoint; rolled_back_to: its step, until a
+    step is taken. cuts_read: over all ranks and epochs. noted: {kind: {cut id: reason}} of cuts that were replaced or
+    left out. best_score: the best finite validation score so far. validations_without_best: since then. fingerprint:
+    what the targets are made of. seconds_by_source: audio of each source of a mixture. limits: of batches.
     There is no random state in it: every draw is a function of the seed and the position.
     """
 
     step: int = 0
-    position: Position = field(default_factory=Position)
+    position: Any = field(default_factory=dict)
     seconds: float = 0.0
     wall_seconds: float = 0.0
     skipped_steps: int = 0
@@ -46,5 +45,4 @@ class TrainState:
     def from_dict(cls, data: dict[str, Any]) -> TrainState:
         """Read what `to_dict` gave."""
         limits = data.get("limits")
-        read = {"position": Position(**data["position"]), "limits": LimitState.from_dict(limits) if limits else None}
-        return cls(**{**data, **read})
+        return cls(**{**data, "limits": LimitState.from_dict(limits) if limits else None})

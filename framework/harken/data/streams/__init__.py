@@ -1,0 +1,1 @@
+"""Streams: corpora in shards that are only read in order, Lhotse Shar and WebDataset."""
