@@ -386,7 +386,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(train, corpus, tmp_path: Pa
     assert train("ctc", f"objective.tokenizer={tokens}", steps=4)[0] == 0
 
 
-@pytest.mark.parametrize(("saved", "asked"), [(0, 3), (2, 0)])
+@pytest.mark.parametrize(("saved", "asked"), [(0, 2), (2, 0)])  # DeepSpeed changes torch for good with ZeRO 3
 def test_a_run_goes_on_with_another_zero_stage(train, tmp_path: Path, saved: int, asked: int) -> None:
     assert train("ctc", f"engine.zero_stage={saved}", steps=2)[0] == 0
     status, out, error = train("ctc", f"engine.zero_stage={asked}", steps=3)
