@@ -122,7 +122,7 @@ class LabelStore:
             except (OSError, HarkenError):  # a folder that is read-only: this process keeps what it made
                 return made
         with self._reading("lookup.npy") as path:
-            lookup: NDArray[np.uint64] = np.load(path, mmap_mode="r")
+            lookup: NDArray[np.uint64] = np.asarray(np.load(path, mmap_mode="r"))  # slices of a plain view are cheaper
             if lookup.shape != (3, self.card.cuts):
                 raise ValueError(f"expected 3 x {self.card.cuts} numbers, found {lookup.shape}")
             return lookup
@@ -136,7 +136,7 @@ class LabelStore:
     def index(self) -> NDArray[np.int64]:
         """Where each cut's labels begin."""
         with self._reading("index.npy") as path:
-            index: NDArray[np.int64] = np.load(path, mmap_mode="r")
+            index: NDArray[np.int64] = np.asarray(np.load(path, mmap_mode="r"))
             if index.shape != (self.card.cuts + 1,) or index[-1] != self.card.labels:
                 raise ValueError(f"expected {self.card.cuts + 1} places up to {self.card.labels}")
             return index
@@ -151,7 +151,7 @@ class LabelStore:
     @cached_property
     def values(self) -> NDArray[np.unsignedinteger[Any]]:
         """All labels, memory-mapped."""
-        return np.memmap(self.folder / "labels.bin", dtype=self.card.dtype, mode="r")
+        return np.asarray(np.memmap(self.folder / "labels.bin", dtype=self.card.dtype, mode="r"))
 
     def __getitem__(self, cut: str) -> NDArray[np.unsignedinteger[Any]]:
         """Return the labels of a cut.
