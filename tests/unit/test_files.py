@@ -162,7 +162,7 @@ def test_fit_leaves_a_folder_of_the_user_s(corpus, tmp_path: Path, capsys) -> No
     assert out == "", "it is told before the work"
     assert tree(tmp_path) == before
     assert main(["units", "fit", str(corpus.train), "--out", str(corpus.labels), "--clusters", "4"]) == 2
-    assert "holds `ids.txt`, `index.npy`, `labels.bin` and 2 more" in capsys.readouterr().err
+    assert "holds `ids.txt`, `index.npy`, `labels.bin` and 3 more" in capsys.readouterr().err
 
 
 def test_an_index_leaves_a_folder_of_the_user_s(tmp_path: Path) -> None:
