@@ -63,7 +63,8 @@ class Faults:
 
 
 def digest(engine: DeepSpeedEngine) -> str:
-    weights = engine.weights()
+    snapshot = engine.snapshot()
+    weights = snapshot.weights if snapshot is not None else engine.model.state_dict()
     return hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
 
 
