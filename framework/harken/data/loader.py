@@ -194,7 +194,8 @@ class TrainLoader:
         return f"{self._describe()}{self._unbalanced()}"
 
     def _unbalanced(self) -> str:
-        count = self.planner.batch.micro_batches_per_step
+        batch = self.planner.batch
+        count = self.world_size if batch.max_seconds == "auto" else batch.micro_batches_per_step  # it divides itself
         if count % self.world_size == 0:
             return ""
         return (
