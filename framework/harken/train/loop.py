@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from harken.config.schema import RunConfig
 from harken.core import distributed, draws, progress
 from harken.core.batch import Batch, Note
@@ -139,6 +141,7 @@ def _step(run: Run, step: Step) -> bool:
         progress.note("backward")
         if place > len(batches):  # nothing to learn from: this rank only keeps in step with the others
             run.engine.backward(loss.total * 0.0, last=place == passes)
+            run.meter.add(loss.metrics, counts=False)
             continue
         run.engine.backward(loss.total / max(targets, 1.0), last=place == passes)
         losses.append(loss.total.detach())
@@ -155,6 +158,8 @@ def _step(run: Run, step: Step) -> bool:
     else:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
+        if not batches:  # every rank looks into a batch
+            batches, losses = step.idle[:1], [torch.zeros(())]
         run.weights_lost = name_skipped(run.engine, config.seed, state.step, batches, losses)
     return applied
 

@@ -15,9 +15,14 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, metrics: Metrics) -> None:
-        """Add a batch's metrics without waiting for the device."""
+    def add(self, metrics: Metrics, *, counts: bool = True) -> None:
+        """Add a batch's metrics without waiting for the device.
+
+        counts: otherwise their names alone, with no weight: of a batch that a rank runs only to stay in step.
+        """
         for name, (value, weight) in metrics.items():
+            if not counts:
+                value, weight = torch.zeros_like(value), torch.zeros_like(weight)
             if name in self._sums:
                 old, old_weight = self._sums[name]
                 value, weight = old + value, old_weight + weight
