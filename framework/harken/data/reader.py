@@ -39,6 +39,21 @@ def read_ahead(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config:
         yield batch
 
 
+def read_batch(dataset: MicroBatches, task: Task) -> Batch:
+    """Return the batch of a task. HarkenErrors pass; any other error becomes a RuntimeError that names the cuts.
+
+    Errors are pickled on their way out of a worker, and one whose class cannot be (it is defined in a function, say)
+    would be lost, and the run would wait for its batch for ever.
+    """
+    try:
+        return dataset[task]
+    except HarkenError:
+        raise
+    except Exception as error:
+        cuts = ", ".join(str(dataset.manifest.line(int(place))["id"]) for place in task.places)
+        raise RuntimeError(f"preparing cuts {cuts} failed with {type(error).__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
 class _Spoken(torch.utils.data.Dataset[Batch | HarkenError]):
     """Gives errors that are meant for the user as values: torch would wrap them in the worker's traceback."""
@@ -47,7 +62,7 @@ class _Spoken(torch.utils.data.Dataset[Batch | HarkenError]):
 
     def __getitem__(self, task: Task) -> Batch | HarkenError:
         try:
-            return self.dataset[task]
+            return read_batch(self.dataset, task)
         except HarkenError as error:
             return error
 

@@ -20,7 +20,6 @@ from harken.core.errors import HarkenError
 from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
 from harken.data.dataset import Prepare
-from harken.data.failures import NamingFailures
 from harken.data.loader import EvalLoader, TrainLoader
 from harken.data.order import Position
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
@@ -71,7 +70,7 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
     config = replace(config, engine=resolved(config.engine))  # what was chosen is what is logged and saved
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder), watched(folder, config.engine.timeout_seconds):
-        return _run(_build(config, folder, make, prepare, spec))
+        return _run(build_run(config, folder, make, prepare, spec))
 
 
 def _run(run: Run) -> str:
@@ -93,12 +92,13 @@ def _run(run: Run) -> str:
         run.log.close()
 
 
-def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
+def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
+    """Build a run, and load the newest checkpoint in `folder` if there is one; every rank calls it."""
     rank, world = distributed.rank(), distributed.world_size()
     loader = TrainLoader(
         config.data,
         config.batch,
-        NamingFailures(prepare(True)),
+        prepare(True),
         seed=config.seed,
         hop=spec.stride,
         rank=rank,
@@ -112,7 +112,7 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
             config.data.valid,
             config.data,
             config.batch.max_seconds,
-            NamingFailures(prepare(False)),
+            prepare(False),
             rank=rank,
             world_size=world,
         )
