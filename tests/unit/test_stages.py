@@ -173,6 +173,8 @@ def test_a_signal_reaches_the_command_and_leaves_no_marker(recipe: Path, number:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # As from a terminal: a shell that inherits SIGINT ignored, as one from a background job does, cannot trap it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = exp(recipe) / "logs/1-one.log"
     deadline = time.monotonic() + 20
