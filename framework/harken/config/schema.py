@@ -115,7 +115,7 @@ class TrainConfig:
     init_from: str | None = None
     """Checkpoint (or export) whose `backbone` weights start this run; the head starts afresh."""
     init_fresh_blocks: int = 0
-    """Top blocks of the encoder that start afresh, too: those of a pretrained one are its objective's more than speech's
+    """Top blocks of the encoder that start afresh, too: those of a pretrained one hold its targets more than speech
     (arXiv 2107.04734, arXiv 2006.05987)."""
     valid_every_steps: int = 500
     """Steps from one validation to the next; the last step is followed by one in any case."""
