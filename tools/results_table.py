@@ -36,6 +36,7 @@ STARTS = {"scratch": "from scratch", "pretrain1": "HuBERT iteration 1", "pretrai
 SETS = ("test", "test-unseen")
 ROW = re.compile(rf"(\d+)-({'|'.join(STARTS)})-(\d+)")
 SESSIONS = "sessions.jsonl"
+COMMANDS = ("pretraining-commands", "commands")  # the first where a row starts from a pretrained model
 # what a result does not depend on, or what making the table itself changes
 NO_CODE = (":!*.md", ":!egs/*/results/*", ":!egs/*/data", ":!egs/*/data/*")
 
@@ -111,8 +112,13 @@ def collect(folder: Path) -> Row:
         "machine": joined(session["machine"] for session in sessions),
         "commit": joined(session["commit"] for session in sessions),
         "rows_side_by_side": max(session["rows_side_by_side"] for session in sessions),
-        "commands": (folder / "commands").read_text(encoding="utf-8").splitlines(),
+        "commands": [line for name in COMMANDS for line in lines_of(folder / name)],
     }
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a file, none where there is no file."""
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def joined(values: Any) -> str:
@@ -210,7 +216,7 @@ def origins(rows: list[Row], results: str) -> str:
         days = sorted({row["date"].split()[0] for row in group})
         when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
         lines.append(f"Trained on {where}, commit {code}, {steps} steps, {beside} rows side by side, {when}: {names}.")
-    example = next((line for line in rows[0]["commands"] if " train " in line), "")
+    example = next((line for line in reversed(rows[0]["commands"]) if " train " in line), "")  # pretraining first
     if example:
         lines.append(f"The first: `{relative(example)}`")
     return "\n".join(lines)

@@ -44,6 +44,7 @@ parse_options "$@"
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
 . "$root/egs/shared/training.sh"
+. "$recipe/local/units.sh"
 
 # What the modes share is made once; everything that depends on the configuration goes to $exp.
 data="$recipe/data"
@@ -75,17 +76,6 @@ verify_corpus() { # DATA: index every split, decode every file once, describe, l
 }
 stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
 
-# Fits the clusters, labels what pretraining reads and the report shows, and checks the labels.
-make_units() { # OUT CLUSTERS FRAMES ARGUMENT...
-  local out="$1" clusters="$2" frames="$3"
-  shift 3
-  rm -rf "$out"
-  harken units fit "$data/train.jsonl" --out "$out/km" --clusters "$clusters" --max-frames "$frames" \
-    --jobs "$jobs" "$@"
-  harken units label "$data/train.jsonl" "$data/dev.jsonl" "$data/test.jsonl" --clusterer "$out/km" \
-    --out "$out/labels" --jobs "$jobs" "$@"
-  harken units check "$out/labels"
-}
 stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
   make_units "$exp/units1" "$clusters1" "$max_frames" --features mfcc --subtract-mean --average 4
 

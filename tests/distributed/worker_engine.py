@@ -27,8 +27,8 @@ from harken.core.loss import Loss
 from harken.engine.deepspeed import DeepSpeedEngine, start_processes
 from harken.objectives.base import Objective
 from harken.objectives.saved import build_objective, build_prepare
-from harken.train.loop import _advance, _step
-from harken.train.run import _build
+from harken.train.loop import advance, take_step
+from harken.train.run import build_run
 
 
 def digest(engine: DeepSpeedEngine) -> str:
@@ -56,13 +56,13 @@ def work(path: str, exp: str, out: str, steps: int, poisoned: int) -> None:
 
     spec = build("frontend", config.frontend).spec
     Path(exp).mkdir(exist_ok=True)
-    run = _build(config, Path(exp), make, lambda train: build_prepare(config, spec, train=train), spec)
+    run = build_run(config, Path(exp), make, lambda train: build_prepare(config, spec, train=train), spec)
     rows = [{"step": run.state.step, "weights": digest(run.engine)}]
     for data in run.loader.steps(run.state.position):
         step = run.state.step + 1
         poison[0] = step == poisoned and distributed.rank() == distributed.world_size() - 1
-        applied = _step(run, data)
-        _advance(run, data)
+        applied = take_step(run, data)
+        advance(run, data)
         norm = run.engine.grad_norm
         rows.append({"step": step, "applied": applied, "finite": math.isfinite(norm), "weights": digest(run.engine)})
         if step == steps - 1:

@@ -16,21 +16,21 @@ from harken.config.registry import build
 from harken.core import distributed
 from harken.engine.deepspeed import DeepSpeedEngine, start_processes
 from harken.objectives.saved import build_objective, build_prepare
-from harken.train.loop import _step
-from harken.train.run import _build
+from harken.train.loop import take_step
+from harken.train.run import build_run
 
 
 def gradients_before_step(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Make the engine note its reduced gradients when it is asked to step."""
     found: dict[str, torch.Tensor] = {}
-    take_step = engine.step
+    own_step = engine.step
 
     def step() -> bool:
         for name, parameter in engine.model.named_parameters():
             gradient = safe_get_full_grad(parameter)
             if gradient is not None:
                 found[name] = gradient.detach().double().clone()
-        return take_step()
+        return own_step()
 
     engine.step = step  # type: ignore[method-assign]
     return found
@@ -44,12 +44,12 @@ def main(out: Path, configs: list[Path]) -> None:
             spec = build("frontend", config.frontend).spec
             folder = out / f"run-{path.stem}-{stage}"
             folder.mkdir(exist_ok=True)
-            run = _build(
+            run = build_run(
                 config, folder, build_objective, lambda train, c=config, s=spec: build_prepare(c, s, train=train), spec
             )
             gradients = gradients_before_step(run.engine)
             data = next(run.loader.steps(run.state.position))
-            applied = _step(run, data)
+            applied = take_step(run, data)
             run.log.close()
             if distributed.is_main():
                 record = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ STUB = r"""#!{python}
 import json, os, pathlib, signal, sys, time
 arguments = sys.argv[1:]
 if arguments[:2] != ["-m", "harken.apps.main"]:
-    os.execv("{python}", ["{python}", *arguments]) if arguments[0] != "-c" else sys.exit()
+    os.execv("{python}", ["{python}", *arguments]) if arguments[0] != "-c" or "json" in arguments[1] else sys.exit()
 verb, rest = arguments[2], arguments[3:]
 trace = pathlib.Path(os.environ["TRACE"])
 def note(text):
@@ -38,13 +39,13 @@ elif verb == "train":
     out = pathlib.Path(rest[rest.index("--exp") + 1])
     kept = out / "checkpoints/step-00000004"
     step = (kept / "state.json").read_text() if (kept / "state.json").exists() else "0"
-    threads = [a for a in rest if "threads" in a] + [os.environ["OMP_NUM_THREADS"]]
+    threads = [a for a in rest if "threads" in a] + [os.environ.get("OMP_NUM_THREADS", "all")]
     note(f"train {{out.name}} from {{step}} on {{threads}}")
     kept.mkdir(parents=True, exist_ok=True)
     if os.environ.get("FAIL") == out.name:
         print("no luck")
         sys.exit(3)
-    if os.environ.get("SLOW"):
+    if os.environ.get("SLOW") and "-" in out.name:
         def save(*_):
             time.sleep(0.3)
             (kept / "state.json").write_text("2")
@@ -55,10 +56,13 @@ elif verb == "train":
         time.sleep(30)
     begun = time.time()
     time.sleep(0.2)
+    (kept / "checksums.json").write_text(out.name)
     (out / "config.yaml").write_text("train: {{steps: 4, patience: 0}}\n")
     record = {{"kind": "train", "step": 4, "time": 1, "hours": 0.5, "wall": 90}}
     (out / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     note(f"took {{out.name}} {{begun}} {{time.time()}}")
+elif verb == "units" and rest[0] != "check":
+    pathlib.Path(rest[rest.index("--out") + 1]).mkdir(parents=True)
 elif verb == "score":
     out = pathlib.Path(rest[rest.index("--out") + 1])
     out.mkdir(exist_ok=True)
@@ -70,13 +74,14 @@ elif verb == "score":
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the recipe with manifests of a line, two pretrained models, and a `python` that is the stub."""
+    """A copy of the recipe with manifests of a line, units, and a `python` that is the stub."""
     recipe = tmp_path / "egs/amazon_queen"
     recipe.mkdir(parents=True)
     for name in ("compare.sh", "README.md"):
         shutil.copy(ROOT / "egs/amazon_queen" / name, recipe / name)
     shutil.copy(ROOT / "README.md", tmp_path / "README.md")
-    shutil.copytree(ROOT / "egs/amazon_queen/conf", recipe / "conf")
+    for name in ("conf", "local"):
+        shutil.copytree(ROOT / "egs/amazon_queen" / name, recipe / name)
     shutil.copytree(ROOT / "egs/shared", tmp_path / "egs/shared")
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/results_table.py", tmp_path / "tools/results_table.py")
@@ -85,10 +90,8 @@ def copy(tmp_path: Path) -> Path:
     for name in ("train-10min", "train-30min", "dev", "test", "test-unseen"):
         (recipe / f"data/{name}.jsonl").write_text(name)
     (recipe / "data/tokens.txt").write_text("a")
-    for model in ("pretrain1", "pretrain2"):
-        checkpoint = tmp_path / f"exp/{model}/checkpoints/step-00000009"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "checksums.json").write_text(model)
+    (tmp_path / "exp/units1/labels").mkdir(parents=True)
+    (tmp_path / "exp/units1/labels/card.json").write_text('{"clusters": 7}')
     (tmp_path / "python").write_text(STUB.format(python=sys.executable, conf=recipe / "conf"))
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "trace").touch()
@@ -121,8 +124,10 @@ def compare(copy: Path, *arguments: str, code: int = 0, **extra: str) -> str:
 
 
 def trained(copy: Path) -> list[str]:
+    """Return the rows that were trained."""
     lines = (copy / "trace").read_text().splitlines()
-    return sorted(line.split()[1] for line in lines if line.startswith("train "))
+    names = (line.split()[1] for line in lines if line.startswith("train "))
+    return sorted(name for name in names if "-" in name)
 
 
 ALL = ["10-pretrain1-1", "10-pretrain2-1", "10-scratch-1"]
@@ -134,11 +139,11 @@ def test_rows_are_trained_once_and_redone_when_what_they_are_made_of_changed(cop
     assert trained(copy) == ALL
     trace = (copy / "trace").read_text()
     assert trace.count("on ['engine.threads=1', '1']") == 3
-    assert compare(copy).count("skipped: finished on") == 2
+    assert compare(copy).count("skipped: finished on") == 5
     assert trained(copy) == []
 
-    (copy / "exp/pretrain2/checkpoints/step-00000009/checksums.json").write_text("trained again")
-    output = compare(copy, "--stage", "1", "--jobs", "1", "--minutes", "10 ")  # another text, the same rows
+    (copy / "exp/compare/pretrain2/checkpoints/step-00000004/checksums.json").write_text("trained again")
+    output = compare(copy, "--stage", "4", "--jobs", "1", "--minutes", "10 ")  # another text, the same rows
     assert "10-pretrain2-1: begins anew (changed since: model)" in output
     assert "10-scratch-1: done before" in output
     assert trained(copy) == ["10-pretrain2-1"]
@@ -157,7 +162,7 @@ def test_rows_are_trained_once_and_redone_when_what_they_are_made_of_changed(cop
     (copy / "wide.yaml").write_text("encoder:\n  dim: 512\n")
     conf = ("--seeds", "1", "--conf", str(copy / "wide.yaml"))
     assert compare(copy, *conf).count("(changed since: configuration)") == 3
-    assert f" {copy}/wide.yaml " in (copy / "exp/compare/10-scratch-1/commands").read_text()
+    assert f" {copy}/wide.yaml " in (copy / "exp/compare/rows/10-scratch-1/commands").read_text()
 
     assert "10-scratch-1: begins anew (--force)" in compare(copy, *conf, "--force")
     assert trained(copy) == ALL
@@ -170,8 +175,8 @@ def test_a_failed_row_names_its_log_and_stops_no_other(copy: Path) -> None:
     assert "no luck" in output
     assert "1 rows failed; the same command goes on with them" in output
     assert trained(copy) == ALL
-    assert not (copy / "exp/compare/10-scratch-1/result.json").exists()
-    assert "stage 1 compare FAILED" in output
+    assert not (copy / "exp/compare/rows/10-scratch-1/result.json").exists()
+    assert "stage 4 rows FAILED" in output
     again = compare(copy)
     assert trained(copy) == ["10-scratch-1"]
     assert "10-scratch-1: continues" in again
@@ -180,7 +185,8 @@ def test_a_failed_row_names_its_log_and_stops_no_other(copy: Path) -> None:
 @pytest.mark.slow
 def test_rows_run_side_by_side_as_many_as_asked(copy: Path) -> None:
     def most() -> int:
-        spans = [line.split()[2:] for line in (copy / "trace").read_text().splitlines() if line.startswith("took")]
+        trace = (copy / "trace").read_text().splitlines()
+        spans = [line.split()[2:] for line in trace if line.startswith("took 10-")]
         times = [(float(begin), float(end)) for begin, end in spans]
         assert len(times) == 3
         return max(sum(begin <= moment < end for begin, end in times) for moment, _ in times)
@@ -212,8 +218,8 @@ def test_an_interrupted_comparison_saves_and_continues(copy: Path) -> None:
     trace = (copy / "trace").read_text()
     assert trace.count("saved") == 2, "run.sh must end after the rows have saved"
     assert "FAILED" not in output
-    assert trace.count("train ") == 2, "no row may begin after the signal"
-    assert not (copy / "exp/compare/10-scratch-1/test-score").exists(), "an unfinished row must not be scored"
+    assert len(trained(copy)) == 2, "no row may begin after the signal"
+    assert not (copy / "exp/compare/rows/10-scratch-1/test-score").exists(), "an unfinished row must not be scored"
     assert "continues" in compare(copy)
     assert len(trained(copy)) == 3
     assert (copy / "trace").read_text().count("from 2") == 2
@@ -223,12 +229,14 @@ def test_an_interrupted_comparison_saves_and_continues(copy: Path) -> None:
 def test_what_a_row_was_made_with_is_kept_beside_its_scores(copy: Path) -> None:
     compare(copy, "--minutes", "30", "--seeds", "1 2", "--jobs", "2")
     row = json.loads((copy / "egs/amazon_queen/results/30-pretrain2-2.json").read_text())
-    train, decode, *scores = row["commands"]
-    assert train.startswith(f"harken train {copy}/egs/amazon_queen/conf/compare.yaml objective.tokenizer=")
-    assert f"train.init_from={copy}/exp/pretrain2" in train
+    made = [shlex.split(line) for line in row["commands"]]
+    verbs = "train units units units train train decode score score"
+    assert [words[1] for words in made] == verbs.split()
+    assert made[0][2:4] == [f"{copy}/egs/amazon_queen/conf/compare/pretrain.yaml", "objective.classes=[7]"]
+    train = row["commands"][5]
+    assert train.startswith(f"harken train {copy}/egs/amazon_queen/conf/compare/finetune.yaml objective.tokenizer=")
+    assert f"train.init_from={copy}/exp/compare/pretrain2 train.init_fresh_blocks=2" in train
     assert "seed=2" in train
-    assert decode.startswith("harken decode ")
-    assert len(scores) == 2
     assert (row["steps"], row["hours_of_audio"], row["minutes_of_training"]) == (4, 0.5, 1.5)
     assert (row["seed"], row["rows_side_by_side"]) == (2, 2)
     assert "cores of" in row["machine"]
@@ -238,13 +246,13 @@ def test_what_a_row_was_made_with_is_kept_beside_its_scores(copy: Path) -> None:
         "| 30 min | HuBERT iteration 2 | 31.5 ± 0.7 | 63.0 ± 1.4 | 31.5 ± 0.7 | 63.0 ± 1.4 | 39 %, 39 % | 2 | 1.5 |"
         in page
     )
-    assert "`harken train egs/amazon_queen/conf/compare.yaml" in page
+    assert "`harken train egs/amazon_queen/conf/compare/finetune.yaml" in page
     assert "(egs/amazon_queen/results)" in (copy / "README.md").read_text()
-    shown = (copy / "exp/stages/1-compare.commands").read_text()
+    shown = (copy / "exp/stages/4-rows.commands").read_text()
     assert shown.count("harken train") == 6
 
 
-def test_a_comparison_needs_finished_models(copy: Path) -> None:
-    shutil.rmtree(copy / "exp/pretrain2")
+def test_a_comparison_needs_units(copy: Path) -> None:
+    shutil.rmtree(copy / "exp/units1")
     output = compare(copy, code=2)
-    assert f"{copy}/exp/pretrain2 holds no pretrained model: run run.sh --exp {copy}/exp first" in output
+    assert f"{copy}/exp/units1/labels holds no units: run run.sh --exp {copy}/exp --stop-stage 4 first" in output

@@ -66,7 +66,7 @@ def test_a_run_is_built_with_what_was_chosen(corpus: Any, tmp_path: Path, monkey
         raise HarkenError("enough")
 
     monkeypatch.setattr(run, "start_processes", lambda config: None)
-    monkeypatch.setattr(run, "_build", build)
+    monkeypatch.setattr(run, "build_run", build)
     monkeypatch.setattr(precision, "device_has_bf16", lambda: True)
     with pytest.raises(HarkenError, match="enough"):
         run.run_training(from_dict(settings), tmp_path, *[None] * 3)  # type: ignore[arg-type]

@@ -168,7 +168,8 @@ def test_a_signal_reaches_the_command_and_leaves_no_marker(recipe: Path, number:
     (recipe / "loop.sh").write_text(body + "\n")
     write_stages(recipe, f"long() {{ bash {recipe}/loop.sh; }}\nstage 1 one a b long\nstage 2 two a b echo never")
     process = subprocess.Popen(
-        ["bash", str(recipe / "run.sh"), "--mode", "short"],
+        # As from a terminal: a shell that inherits SIGINT ignored, as one from a background job does, cannot trap it.
+        ["env", "--default-signal=INT", "bash", str(recipe / "run.sh"), "--mode", "short"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

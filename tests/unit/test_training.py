@@ -206,6 +206,22 @@ def test_init_from_gives_the_backbone_and_leaves_the_head(averaged: Path, train,
     assert not torch.equal(weights["backbone.encoder.norm.weight"], torch.zeros(32))
 
 
+def test_init_fresh_blocks_leaves_the_top_blocks(averaged: Path, train, tmp_path: Path) -> None:
+    options = (f"train.init_from={averaged}", "encoder.layers=3", "schedule.rate=1e-30")
+    status, _, error = train("ctc", *options, "train.init_fresh_blocks=2", steps=1)
+    assert (status, error) == (0, "")
+    assert train("ctc", "encoder.layers=3", "schedule.rate=1e-30", steps=1, exp="scratch")[0] == 0
+    weights, scratch = (load_weights(find_model(tmp_path / name)) for name in ("exp", "scratch"))
+    fresh = {name for name in weights if name.startswith(("backbone.encoder.blocks.1.", "backbone.encoder.blocks.2."))}
+    assert len(fresh) > 10
+    assert all(torch.allclose(weights[name], scratch[name], rtol=0, atol=1e-20) for name in fresh)
+    kept = {name: value for name, value in weights.items() if name.startswith("backbone.") and name not in fresh}
+    assert_averaged(kept, averaged)
+    status, _, error = train("ctc", *options, "train.init_fresh_blocks=4", steps=1, exp="more")
+    assert status == 2
+    assert "`train.init_fresh_blocks` must be at most the encoder's 3 blocks, got 4" in error
+
+
 def test_init_from_another_shape_is_refused(averaged: Path, train) -> None:
     status, _, error = train("ctc", f"train.init_from={averaged}", "encoder.dim=64", steps=1)
     assert status == 2

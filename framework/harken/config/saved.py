@@ -28,6 +28,16 @@ USED = (WEIGHTS, AVERAGE, "config.yaml")
 _NAME = re.compile(r"step-\d{8,}")  # what a user calls step-best is the user's
 
 
+def checkpoint_name(step: int) -> str:
+    """Return what the checkpoint of a step is called."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_step(name: str) -> int:
+    """Return the step of a checkpoint by its name."""
+    return int(name.removeprefix("step-"))
+
+
 def checkpoint_names(root: Path) -> list[str]:
     """Return the names of a run's checkpoints in the folder that holds them, the oldest first."""
     return sorted(path.name for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())

@@ -155,6 +155,9 @@ class TrainConfig:
     """Total gradient norm allowed; 0 switches clipping off. fairseq HuBERT: `clip_norm: 10.0`."""
     init_from: str | None = None
     """Checkpoint (or export) whose `backbone` weights start this run; the head starts afresh."""
+    init_fresh_blocks: int = 0
+    """Top blocks of the encoder that start afresh, too: those of a pretrained one hold its targets more than speech
+    (arXiv 2107.04734, arXiv 2006.05987)."""
     valid_every_steps: int = 500
     """Steps from one validation to the next; the last step is followed by one in any case."""
     patience: int = 0
@@ -173,7 +176,7 @@ class TrainConfig:
             self,
             "train",
             positive=("steps", "valid_every_steps"),
-            not_negative=("clip_norm", "patience", "max_skipped_steps", "max_rollbacks"),
+            not_negative=("init_fresh_blocks", "clip_norm", "patience", "max_skipped_steps", "max_rollbacks"),
             shares=("ema_decay",),
         )
 

@@ -6,7 +6,8 @@ This runs in the loader's workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,22 @@ class Task:
             Task(self.places[:middle], self.epochs[:middle], first),
             Task(self.places[middle:], self.epochs[middle:], first + HALF),
         ]
+
+
+@contextmanager
+def preparing(cuts: Callable[[], Iterable[str]]) -> Iterator[None]:
+    """Let HarkenErrors pass, and make of any other error a RuntimeError that names the cuts.
+
+    Errors are pickled on their way out of a worker, and one whose class cannot be (it is defined in a function, say)
+    would be lost, and the run would wait for its batch for ever.
+    """
+    try:
+        yield
+    except HarkenError:
+        raise
+    except Exception as error:
+        names = ", ".join(cuts())
+        raise RuntimeError(f"preparing cuts {names} failed with {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

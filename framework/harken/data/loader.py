@@ -21,7 +21,7 @@ from harken.data.manifest import Manifest
 from harken.data.mixture import Joined, Leaf, is_mixture, read_mixture
 from harken.data.order import EpochOrder, Planner, Position, segments_of
 from harken.data.plan import Plan, rectangles
-from harken.data.reader import read_ahead
+from harken.data.reader import read_ahead, read_batch
 from harken.data.selection import Selection, select
 from harken.data.shares import MixtureOrder, Source
 from harken.data.streams.shards import is_stream
@@ -77,8 +77,8 @@ def share_of(plan: Plan, step: int, rank: int, world_size: int, *, even: bool) -
     lacking = (int(passes.max()) if even else 1) - len(parts)
     if lacking <= 0:
         return Share(parts, [])
-    rows = np.diff(plan.parts[plan.bounds[first] : plan.bounds[last] + 1])
-    return Share(parts, [int(plan.bounds[first] + rows.argmin())] * lacking)
+    smallest = min(plan.parts_of(step), key=lambda number: len(plan.part(number)))
+    return Share(parts, [smallest] * lacking)
 
 
 class StepTasks:
@@ -95,7 +95,7 @@ class StepTasks:
         """Return what is learned from in the step at a position, and what this rank idles with."""
         pool, plan = self.planner.segment(position.epoch, position.segment)
         share = share_of(plan, position.step, self.rank, self.world_size, even=self.even)
-        begin = int(plan.bounds[position.step * plan.per_step])
+        begin = plan.parts_of(position.step).start
 
         def task(number: int) -> Task:
             rows = plan.part(number)
@@ -250,8 +250,8 @@ class TrainLoader:
             return {}
         pool, plan = self.planner.segment(position.epoch, position.segment)
         assert pool.sources is not None
-        first, last = position.step * plan.per_step, (position.step + 1) * plan.per_step
-        rows = plan.order[plan.parts[plan.bounds[first]] : plan.parts[plan.bounds[last]]]
+        parts = plan.parts_of(position.step)
+        rows = plan.order[plan.parts[parts.start] : plan.parts[parts.stop]]
         names = [source.name for source in self.mixture.sources]
         seconds = np.bincount(pool.sources[rows], weights=pool.seconds[rows], minlength=len(names))
         return dict(zip(names, seconds.tolist(), strict=True))
@@ -310,7 +310,7 @@ class EvalLoader:
 
     def first(self) -> Batch:
         """Read this rank's first batch in this process: the same on every rank when there are fewer than ranks."""
-        return self.dataset[self._task(self.rank)]
+        return read_batch(self.dataset, self._task(self.rank))
 
     def __iter__(self) -> Iterator[tuple[Batch, bool]]:
         """Yield (batch, counts): ranks get equally many; one that runs out repeats the last, which does not count."""

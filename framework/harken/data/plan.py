@@ -48,6 +48,10 @@ class Plan:
         """Return the places in the pool of a part, numbered through the plan."""
         return self.order[self.parts[number] : self.parts[number + 1]]
 
+    def parts_of(self, step: int) -> range:
+        """Return the numbers of the parts of a step."""
+        return range(int(self.bounds[step * self.per_step]), int(self.bounds[(step + 1) * self.per_step]))
+
     def __getitem__(self, micro_batch: int) -> list[NDArray[np.int64]]:
         """Return the places in the pool of each part of a micro-batch."""
         return [self.part(number) for number in range(self.bounds[micro_batch], self.bounds[micro_batch + 1])]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from harken.config.schema import DataConfig
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
-from harken.data.dataset import MicroBatches, Task
+from harken.data.dataset import MicroBatches, Task, preparing
 
 T = TypeVar("T")
 
@@ -57,6 +57,12 @@ def _ahead(
         yield item
 
 
+def read_batch(dataset: MicroBatches, task: Task) -> Batch:
+    """Return the batch of a task; see `preparing` for its errors."""
+    with preparing(lambda: (str(dataset.manifest.line(int(place))["id"]) for place in task.places)):
+        return dataset[task]
+
+
 @dataclass(frozen=True)
 class _Spoken(Dataset[Batch | HarkenError]):
     """Gives errors that are meant for the user as values: torch would wrap them in the worker's traceback."""
@@ -65,7 +71,7 @@ class _Spoken(Dataset[Batch | HarkenError]):
 
     def __getitem__(self, task: Task) -> Batch | HarkenError:
         try:
-            return self.dataset[task]
+            return read_batch(self.dataset, task)
         except HarkenError as error:
             return error
 

@@ -189,6 +189,7 @@ class _Lines:
     fastest: tuple[str, float] = ("", -1.0)
 
     def add(self, line: Mapping[str, Any]) -> None:
+        """Count one cut, given as the plain data of its line."""
         duration = float(line["duration"])
         spoken = {part["speaker"] for part in supervisions_of(line) if part.get("speaker")}
         for speaker in spoken:

@@ -152,6 +152,11 @@ class Heartbeats:
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
+def has_ended(beat: Beat) -> bool:
+    """Whether a rank has left word of its error, or its process is gone."""
+    return beat.ended is not None or process_state(beat) == "X"
+
+
 def process_state(beat: Beat) -> str:
     """Return the kernel's letter for a beat's process (T stopped, D in a disk, ...), `X` when it is gone.
 

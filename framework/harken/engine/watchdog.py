@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from harken.core import distributed, progress
-from harken.engine.heartbeat import Awake, Beat, Heartbeats, process_state
+from harken.engine.heartbeat import Awake, Beat, Heartbeats, has_ended, process_state
 
 HUNG = 69
 """Exit status of a rank that gave a hanging run up: EX_UNAVAILABLE of sysexits.h. The same command goes on."""
@@ -135,7 +135,7 @@ class Watchdog:
     def _ranks_gone(self, moment: float) -> list[int]:
         """Return the ranks that have been gone, or had ended with an error, for some seconds."""
         for rank, beat in self.hearts.seen.items():
-            if rank != self.hearts.rank and (beat.ended is not None or process_state(beat) == "X"):
+            if rank != self.hearts.rank and has_ended(beat):
                 self._gone.setdefault(rank, moment)
         return [rank for rank, since in self._gone.items() if moment - since >= min(GONE_SECONDS, self.timeout)]
 
@@ -190,9 +190,7 @@ class Watchdog:
         until = time.monotonic() + 5.0
         while time.monotonic() < until:
             self.hearts.exchange()
-            ended = [
-                rank for rank, beat in self.hearts.seen.items() if beat.ended is not None or process_state(beat) == "X"
-            ]
+            ended = [rank for rank, beat in self.hearts.seen.items() if has_ended(beat)]
             if ended:
                 words = self._name(ended, "has ended")
                 if self.hearts.raise_alarm(words):

@@ -5,22 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from torch import Tensor
+
 from harken.config.registry import build, find
 from harken.config.saved import find_model, load_config, load_into, load_weights
 from harken.config.schema import RunConfig
+from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
-from harken.encoders.backbone import build_backbone
+from harken.encoders.backbone import Backbone, build_backbone
 from harken.encoders.saved import backbone_weights
 from harken.objectives.base import Objective, Prepare
 
 
 def build_objective(config: RunConfig) -> Objective:
-    """Build the objective that a configuration names; `train.init_from` gives its backbone a saved model's weights."""
+    """Build the objective that a configuration names; `train.init_from` gives its backbone a saved model's weights.
+
+    Raises HarkenError when these do not fit, or `train.init_fresh_blocks` is more than there are blocks.
+    """
     backbone = build_backbone(config)
     if config.train.init_from is not None:
         folder = find_model(config.train.init_from)
-        load_into(backbone, backbone_weights(folder), folder)
+        fresh = _top_blocks(backbone, config.train.init_fresh_blocks)
+        load_into(backbone, {**backbone_weights(folder), **fresh}, folder)
     return cast(Objective, build("objective", config.objective, run=config, backbone=backbone))
+
+
+def _top_blocks(backbone: Backbone, count: int) -> dict[str, Tensor]:
+    """Return the weights that the top blocks of a backbone have now, by name."""
+    encoder, prefix = backbone.encoder, "encoder."
+    if count > encoder.num_layers:
+        raise HarkenError(
+            f"`train.init_fresh_blocks` must be at most the encoder's {encoder.num_layers} blocks, got {count}"
+        )
+    return {
+        name: value
+        for name, value in backbone.state_dict().items()
+        if name.startswith(prefix) and encoder.depth(name.removeprefix(prefix)) > encoder.num_layers - count
+    }
 
 
 def build_prepare(config: RunConfig, spec: FrameSpec, *, train: bool) -> Prepare:

@@ -20,8 +20,8 @@ from harken.data.loader import Step
 from harken.engine.deepspeed import start_processes
 from harken.engine.precision import resolved
 from harken.train.log import say
-from harken.train.loop import Run, _step
-from harken.train.run import MakeObjective, MakePrepare, _build
+from harken.train.loop import Run, take_step
+from harken.train.run import MakeObjective, MakePrepare, build_run
 
 KEPT_STEPS = 8  # in memory, for the model to take in turn
 ENOUGH = 1.2  # how much faster than the model the loader should be, so that neither a slow file nor a long cut stops it
@@ -65,7 +65,7 @@ def bench_data(
     start_processes(config.engine)
     config = replace(config, engine=resolved(config.engine), log=replace(config.log, tensorboard=False))
     with _shared_folder() as folder:
-        run = _build(config, folder, make, prepare, spec)
+        run = build_run(config, folder, make, prepare, spec)
         say(f"reading {steps} steps")
         reader = run.loader.steps(run.state.position)
         kept = list(itertools.islice(reader, 2))  # starts the workers; what they have read ahead is used up below
@@ -105,11 +105,11 @@ def _count(steps: Iterator[Step]) -> int:
 def _model_speed(run: Run, kept: list[Step], steps: int, config: RunConfig) -> float:
     """Take steps on the kept batches in turn; return the audio seconds a second over all ranks."""
     for step in kept:
-        _step(run, step)
+        take_step(run, step)
     _wait_for_device()
     begin, seconds = time.perf_counter(), 0.0
     for step in itertools.islice(itertools.cycle(kept), steps):
-        _step(run, step)
+        take_step(run, step)
         run.state.step += 1
         seconds += _audio(step, config)
     _wait_for_device()

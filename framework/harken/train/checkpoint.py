@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +39,7 @@ from harken.config.saved import (
     CHECKPOINTS,
     CHECKSUMS,
     WEIGHTS,
+    checkpoint_name,
     checkpoint_names,
     checksums,
     damaged,
@@ -122,7 +124,7 @@ class Checkpoints:
 
     def _write(self, moment: Moment) -> None:
         """Write, sync and rename a checkpoint, in the writer's thread: there are no collectives in it."""
-        name = f"step-{moment.state['step']:08d}"
+        name = checkpoint_name(moment.state["step"])
         temporary = self.root / f".{name}.tmp"
         try:
             self._write_files(moment, temporary)
@@ -189,21 +191,25 @@ class Checkpoints:
         """Return the newest whole checkpoint, saying aloud which damaged ones were passed over; same on every rank."""
         found = ""
         if distributed.is_main():
-            for name in reversed(self.names()):
-                damage = damaged(self.root / name)
-                if damage is None:
-                    found = name
-                    break
-                say(f"WARNING checkpoint {self.root / name} is damaged ({damage}): trying the one before it")
-            else:
-                if self.names():
-                    found = "!"
+            found = self.first_whole(reversed(self.names())) or ("!" if self.names() else "")
         found = distributed.broadcast_text(found)
         if found == "!":
             raise HarkenError(
                 f"every checkpoint in {self.root} is damaged; move the folder away to start from the beginning"
             )
         return self.root / found if found else None
+
+    def first_whole(self, names: Iterable[str], damage_of: Callable[[Path], str | None] = damaged) -> str:
+        """Return the first of some checkpoints without damage, "" when all have some, saying aloud what is passed over.
+
+        damage_of: what is wrong with a checkpoint's folder, None for a whole one.
+        """
+        for name in names:
+            damage = damage_of(self.root / name)
+            if damage is None:
+                return name
+            say(f"WARNING checkpoint {self.root / name} is damaged ({damage}): trying the one before it")
+        return ""
 
     def state(self, path: Path) -> TrainState:
         """Return the counters of a checkpoint."""

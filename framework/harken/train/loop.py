@@ -74,8 +74,8 @@ def train(run: Run) -> str:
         progress.note("data", step=state.step + 1)
         step = next(steps)
         run.speed.waited += time.perf_counter() - waiting
-        _step(run, step)
-        _advance(run, step)
+        take_step(run, step)
+        advance(run, step)
         state.wall_seconds = wall_before + time.perf_counter() - started
         if due(config.train, state, weights_lost=run.weights_lost):
             roll_back(run.checkpoints, run.engine, run.average, state)
@@ -133,7 +133,7 @@ def rehearse(run: Run) -> None:
         raise HarkenError(f"`checkpoint.metric` must be one of {', '.join(figures)}, got `{metric}`")
 
 
-def _step(run: Run, step: Step) -> bool:
+def take_step(run: Run, step: Step) -> bool:
     """Run this rank's batches of a step and the optimiser; the gradient is that of the mean over all targets."""
     config, state = run.config, run.state
     progress.note("forward", ids=(*step.batches, *step.idle)[0].ids)
@@ -157,12 +157,17 @@ def _step(run: Run, step: Step) -> bool:
     else:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
-        learned = [(done.batch, done.total) for done in passes.done] or [(step.idle[0], torch.zeros(()))]
+        learned = [(done.batch, done.total) for done in passes.done]
+        learned = learned or [(step.idle[0], torch.zeros(()))]  # every rank looks into a batch
         run.weights_lost = name_skipped(run.engine, config.seed, state.step, *zip(*learned, strict=True))
     return applied
 
 
-def _advance(run: Run, step: Step) -> None:
+def advance(run: Run, step: Step) -> None:
+    """Count a step that was taken, and name what happened to its cuts; every rank calls it.
+
+    Raises HarkenError when more than `data.max_bad_share` of the cuts could not be read.
+    """
     state, batches = run.state, step.batches
     state.step += 1
     state.position = step.position

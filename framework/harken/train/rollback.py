@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from harken.config.saved import AVERAGE, WEIGHTS, damaged
+from harken.config.saved import AVERAGE, WEIGHTS, checkpoint_step, damaged
 from harken.config.schema import TrainConfig
 from harken.core import distributed, progress
 from harken.core.errors import HarkenError
@@ -76,14 +76,8 @@ def _find(checkpoints: Checkpoints, state: TrainState) -> str:
     newest = state.step - state.skipped_in_a_row
     if state.rolled_back_to is not None:
         newest = min(newest, state.rolled_back_to - 1)
-    for name in reversed(checkpoints.names()):
-        if _step(name) > newest:
-            continue
-        damage = damaged(checkpoints.root / name) or _not_finite(checkpoints.root / name)
-        if damage is None:
-            return name
-        say(f"WARNING checkpoint {checkpoints.root / name} is damaged ({damage}): trying the one before it")
-    return ""
+    names = (name for name in reversed(checkpoints.names()) if checkpoint_step(name) <= newest)
+    return checkpoints.first_whole(names, lambda folder: damaged(folder) or _not_finite(folder))
 
 
 def _not_finite(folder: Path) -> str | None:
@@ -96,9 +90,5 @@ def _not_finite(folder: Path) -> str | None:
 def _set_aside(checkpoints: Checkpoints, step: int) -> None:
     """Rename the checkpoints after `step`: they are the newest by name, and continuing must not begin with them."""
     for name in checkpoints.names():
-        if _step(name) > step:
+        if checkpoint_step(name) > step:
             (checkpoints.root / name).replace(checkpoints.root / f"rolled-back-{name}-{time.time_ns()}")
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))

@@ -22,7 +22,6 @@ from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
 from harken.data.check import check_data
 from harken.data.dataset import Prepare
-from harken.data.failures import NamingFailures
 from harken.data.limits import LimitState
 from harken.data.loader import EvalLoader, TrainLoader
 from harken.data.streams.loader import StreamLoader
@@ -79,7 +78,7 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
     config = replace(config, engine=resolved(config.engine))  # what was chosen is what is logged and saved
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder), watched(folder, config.engine.timeout_seconds):
-        return _run(_build(config, folder, make, prepare, spec))
+        return _run(build_run(config, folder, make, prepare, spec))
 
 
 def _run(run: Run) -> str:
@@ -125,7 +124,7 @@ def _loader(config: RunConfig, prepare: MakePrepare, spec: FrameSpec) -> TrainLo
     return kind(
         config.data,
         config.batch,
-        NamingFailures(prepare(True)),
+        prepare(True),
         seed=config.seed,
         hop=spec.stride,
         rank=distributed.rank(),
@@ -168,7 +167,8 @@ def _limit(
         loader.limit(state.limits)
 
 
-def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
+def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
+    """Build a run, and load the newest checkpoint in `folder` if there is one; every rank calls it."""
     _check(config, prepare)
     loader = _loader(config, prepare, spec)
     engine, average, model, names = _engine(config, make)
@@ -189,9 +189,7 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
         if isinstance(loader, TrainLoader):
             most = loader.planner.limits.now.at(math.inf)
         rank, world = distributed.rank(), distributed.world_size()
-        valid = EvalLoader(
-            config.data.valid, config.data, most, NamingFailures(prepare(False)), rank=rank, world_size=world
-        )
+        valid = EvalLoader(config.data.valid, config.data, most, prepare(False), rank=rank, world_size=world)
     if distributed.is_main():
         write_text_atomic(folder / "config.yaml", to_yaml(config))
     dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16

@@ -28,7 +28,5 @@ def validate(engine: Engine, batches: Iterable[tuple[Batch, bool]]) -> tuple[dic
             if counts:
                 meter.add(loss.metrics)
                 notes += batch.notes
-            else:  # this rank repeats a batch so that ranks stay in step; add its names with no weight
-                meter.add({name: (value * 0, weight * 0) for name, (value, weight) in loss.metrics.items()})
     engine.model.train(training)
     return meter.read(), notes

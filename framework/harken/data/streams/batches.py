@@ -23,7 +23,7 @@ from harken.core.batch import Batch, Note
 from harken.core.draws import Draws, key
 from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
-from harken.data.dataset import Prepare, collate, read_row
+from harken.data.dataset import Prepare, collate, preparing, read_row
 from harken.data.read import UnreadableAudioError
 from harken.data.streams.deal import Epochs, Reading, StreamPosition
 from harken.data.streams.read import Lost, read_shard
@@ -179,4 +179,5 @@ class StreamBatches(IterableDataset[StreamBatch]):
                 rows.append(read_row(cut, self.config, self.hop, self.augmentation, draws, notes))
             except UnreadableAudioError as error:
                 notes.append(Note("unreadable", cut.id, str(error)))
-        return self.prepare(collate(rows), [draws] * len(rows)) if rows else None
+        with preparing(lambda: (row.cut for row in rows)):
+            return self.prepare(collate(rows), [draws] * len(rows)) if rows else None
