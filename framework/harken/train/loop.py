@@ -49,6 +49,8 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     meter: Meter = field(default_factory=Meter)
     stop: StopRequest = field(default_factory=StopRequest)
+    rate: float = 0.0
+    """Learning rate of the last step, before `rate_scale`."""
 
 
 def train(run: Run) -> str:
@@ -117,7 +119,8 @@ def _step(run: Run, step: Step) -> bool:
     config, state, batches = run.config, run.state, step.batches
     # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter
     targets = distributed.sum_over_ranks([sum(batch.num_targets for batch in batches)])[0]
-    set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
+    run.rate = run.schedule(state.step, state.seconds / 3600)
+    set_rates(run.engine.optimizer, run.group_names, run.rate, run.rate_scale, state.step)
     losses = []
     passes = len(batches) + len(step.idle)
     for place, batch in enumerate((*batches, *step.idle), start=1):
@@ -189,7 +192,7 @@ def _name(run: Run, notes: list[Note], where: str = "") -> None:
 def _log(run: Run, left: float) -> None:
     figures = run.meter.read()
     figures["gradient_norm"] = run.engine.grad_norm
-    figures["learning_rate"] = run.schedule(run.state.step - 1)
+    figures["learning_rate"] = run.rate
     figures.update(run.speed.read())
     by_source = {f"hours/{name}": seconds / 3600 for name, seconds in run.state.seconds_by_source.items()}
     run.log.write(

@@ -25,7 +25,7 @@ from harken.data.order import Position
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
 from harken.engine.precision import resolved
 from harken.optim.ema import WeightAverage
-from harken.optim.groups import parameter_groups
+from harken.optim.groups import parameter_groups, scaled_by_name
 from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
 from harken.train.lock import only_run
@@ -111,10 +111,11 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
     torch.manual_seed(config.seed)  # the weights: equal on every rank and for every number of ranks
     model = make(config)
     part = cast(Trainable, model)
+    rate_scale = scaled_by_name(part.rate_scale, config.train.rate_scales, model)
     names: list[str] = []
 
     def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(module, part.rate_scale)
+        groups = parameter_groups(module, rate_scale)
         names.extend(group_names(groups))
         return cast(torch.optim.Optimizer, build("optimizer", config.optimizer, groups=groups))
 
@@ -134,7 +135,7 @@ def _build(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePr
         loader=loader,
         valid=valid,
         schedule=cast(Schedule, build("schedule", config.schedule, steps=config.train.steps)),
-        rate_scale=part.rate_scale,
+        rate_scale=rate_scale,
         group_names=names,
         flops=part.flops,
         after_step=part.after_step,
