@@ -155,17 +155,16 @@ def test_steps_are_those_of_the_formulas(monkeypatch, fused, period, clipping_sc
 def test_all_tensors_at_once_take_the_steps_of_one_after_the_other(monkeypatch) -> None:
     """On a GPU all tensors are updated together."""
     (one, optimizer, names), (other, together, _) = made(), made()
-    advance = together._advance
     held: list[Any] = []
 
-    def collected(parts, step) -> None:
-        held.extend(parts)
+    def collected(part, step, count) -> None:
+        held.append(part)
         if len(held) == len(SHAPES):
-            advance([part for part in held if not part.scalar], step)
-            advance([part for part in held if part.scalar], step)
+            together._advance([part for part in held if not part.scalar], step)
+            together._advance([part for part in held if part.scalar], step)
             held.clear()
 
-    monkeypatch.setattr(together, "_advance", collected)
+    monkeypatch.setattr(together, "_advance_one", collected)
     for step in range(30):
         take(one, optimizer, names, step)
         take(other, together, names, step)

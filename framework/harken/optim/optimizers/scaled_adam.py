@@ -114,13 +114,23 @@ class ScaledAdam(torch.optim.Optimizer):
             factor = self._clipping(parts, shared, step)
             if factor < 1:
                 torch._foreach_mul_([part.grad for part in parts], factor)
+        large = [part for part in parts if not part.scalar]
+        if self._due(step) and large:
+            for part, rms in zip(large, _rms([part.parameter for part in large]), strict=True):
+                part.state["param_rms"] = rms
         if parts[0].parameter.device.type == "cpu":
+            corrected = 1 - self.config.betas[1] ** (step + 1) < _UNCORRECTED
+            count = torch.tensor(float(step + 1 if corrected else 2**30))
             for part in parts:  # one after the other: what a tensor needs stays in the cache
-                self._advance([part], step)
+                self._advance_one(part, step, count)
         else:
-            self._advance([part for part in parts if not part.scalar], step)
+            self._advance(large, step)
             self._advance([part for part in parts if part.scalar], step)
         shared["step"] = step + 1
+
+    def _due(self, step: int) -> bool:
+        """Whether sizes are updated in a step."""
+        return step % self.config.size_update_period == self.config.size_update_period - 1
 
     def _part(self, parameter: Tensor, rate: float) -> _Part:
         state = self.state[parameter]
@@ -153,45 +163,61 @@ class ScaledAdam(torch.optim.Optimizer):
             shared["clip_threshold"] = own.clipping_scale * median * (_EARLY_SLACK if early else 1.0)
         return min(1.0, float(shared.get("clip_threshold", math.inf)) / (total + 1e-20))
 
+    def _advance_one(self, part: _Part, step: int, count: Tensor) -> None:
+        """Do what `_advance` does for one parameter on a CPU. count: the step that AdamW is to correct for."""
+        momentum, growth, delta = 1 - self.config.betas[0], 0.0, part.state["delta"]
+        if not part.scalar:
+            dot = torch.dot(part.parameter.reshape(-1), part.grad.reshape(-1)).item()
+            growth = self._growth(part, dot, step)
+        rate = self._rate(part)
+        if _fits_fused(rate):
+            _accumulate_fused(part, rate, self.config, count)
+        else:
+            self._accumulate([part], [rate], step)
+        if growth:
+            delta.add_(part.parameter, alpha=momentum * growth)
+        part.parameter.add_(delta)
+        if part.scalar:
+            part.parameter.clamp_(-self.config.scalar_max, self.config.scalar_max)
+
     def _advance(self, parts: Sequence[_Part], step: int) -> None:
-        """Update parameters that are all of one element, or all larger."""
+        """Update parameters that are all of one element, or all larger, in few kernels."""
         if not parts:
             return
         own = self.config
         parameters = [part.parameter for part in parts]
         deltas = [part.state["delta"] for part in parts]
-        momentum = 1 - own.betas[0]
-        if parts[0].scalar:
-            self._accumulate(parts, [momentum * part.rate * own.scalar_rate_scale for part in parts], step)
-            torch._foreach_add_(parameters, deltas)
-            torch._foreach_clamp_min_(parameters, -own.scalar_max)
-            torch._foreach_clamp_max_(parameters, own.scalar_max)
-            return
-        growths = self._growths(parts, step)
-        sizes = [max(part.state["param_rms"], own.min_rms) for part in parts]
-        rates = [momentum * part.rate * size for part, size in zip(parts, sizes, strict=True)]
-        self._accumulate(parts, rates, step)
+        growths = [0.0] * len(parts)
+        if not parts[0].scalar:
+            products = [torch.dot(part.parameter.reshape(-1), part.grad.reshape(-1)) for part in parts]
+            dots = torch.stack(products).tolist()
+            growths = [self._growth(part, dot, step) for part, dot in zip(parts, dots, strict=True)]
+        self._accumulate(parts, [self._rate(part) for part in parts], step)
         for parameter, delta, growth in zip(parameters, deltas, growths, strict=True):
             if growth:
-                delta.add_(parameter, alpha=momentum * growth)
+                delta.add_(parameter, alpha=(1 - own.betas[0]) * growth)
         torch._foreach_add_(parameters, deltas)
+        if parts[0].scalar:
+            torch._foreach_clamp_min_(parameters, -own.scalar_max)
+            torch._foreach_clamp_max_(parameters, own.scalar_max)
 
-    def _growths(self, parts: Sequence[_Part], step: int) -> list[float]:
-        """Return the share of itself by which each tensor is to grow; zeros but every `size_update_period` steps."""
-        period = self.config.size_update_period
-        dots = torch.stack([torch.dot(part.parameter.reshape(-1), part.grad.reshape(-1)) for part in parts]).tolist()
-        for part, dot in zip(parts, dots, strict=True):
-            part.state["scale_grad_sum"] += dot
-            part.state["scale_grad_sq_sum"] += dot * dot
-        if step % period != period - 1:
-            return [0.0] * len(parts)
-        for part, rms in zip(parts, _rms([part.parameter for part in parts]), strict=True):
-            part.state["param_rms"] = rms
-        return [self._growth(part, step) for part in parts]
+    def _rate(self, part: _Part) -> float:
+        """Return what a normalised gradient is multiplied by on its way into the momentum."""
+        own = self.config
+        size = own.scalar_rate_scale if part.scalar else max(part.state["param_rms"], own.min_rms)
+        return float((1 - own.betas[0]) * part.rate * size)
 
-    def _growth(self, part: _Part, step: int) -> float:
-        """Take a step of Adam without momentum on a tensor's size, from the gradients of a period."""
+    def _growth(self, part: _Part, dot: float, step: int) -> float:
+        """Return the share of itself by which a tensor is to grow: 0 but every `size_update_period` steps.
+
+        Then it is a step of Adam without momentum on the tensor's size, from the gradients of a period. dot: the sum
+        of parameter times gradient, which is the gradient of the logarithm of the size.
+        """
         own, state = self.config, part.state
+        state["scale_grad_sum"] += dot
+        state["scale_grad_sq_sum"] += dot * dot
+        if not self._due(step):
+            return 0.0
         total, squares = state["scale_grad_sum"], state["scale_grad_sq_sum"]
         state.update(scale_grad_sum=0.0, scale_grad_sq_sum=0.0)
         if step == 0:
@@ -215,9 +241,6 @@ class ScaledAdam(torch.optim.Optimizer):
         """
         beta1, beta2 = self.config.betas
         correction = 1 - beta2 ** (step + 1)
-        if len(parts) == 1 and _fits_fused(parts[0].parameter, rates[0]):
-            _accumulate_fused(parts[0], rates[0], self.config, step + 1 if correction < _UNCORRECTED else 2**30)
-            return
         grads = [part.grad for part in parts]
         squares = [part.state["exp_avg_sq"] for part in parts]
         deltas = [part.state["delta"] for part in parts]
@@ -231,12 +254,12 @@ class ScaledAdam(torch.optim.Optimizer):
         torch._foreach_addcdiv_(deltas, grads, roots, [-rate for rate in rates])
 
 
-def _fits_fused(parameter: Tensor, rate: float) -> bool:
+def _fits_fused(rate: float) -> bool:
     """Whether the fused kernel can do it: rates near 0 would give it a weight decay near infinity."""
-    return parameter.device.type == "cpu" and rate > 1e-30
+    return rate > 1e-30
 
 
-def _accumulate_fused(part: _Part, rate: float, config: ScaledAdamConfig, step: int) -> None:
+def _accumulate_fused(part: _Part, rate: float, config: ScaledAdamConfig, count: Tensor) -> None:
     """Do what `_accumulate` does in one pass through memory, by torch's AdamW with the momentum as its parameter.
 
     AdamW without momentum of its own takes rate g / (sqrt(v) + eps) from its parameter; its decay of rate x weight
@@ -249,7 +272,7 @@ def _accumulate_fused(part: _Part, rate: float, config: ScaledAdamConfig, step: 
         [part.grad],
         [part.state["exp_avg_sq"]],
         [],
-        [torch.tensor(float(step))],
+        [count],
         lr=rate,
         beta1=0.0,
         beta2=beta2,
