@@ -52,8 +52,9 @@ def test_two_processes_take_the_steps_of_one_and_go_on_from_a_checkpoint(corpus,
         if name.endswith("weight_v"):
             # under weight norm its size has no gradient but rounding, of which ScaledAdam makes full steps
             assert float(alone.norm() / value.norm()) == pytest.approx(1.0, abs=0.05)
-            alone, value = alone / alone.norm(), value / value.norm()
-        assert torch.allclose(alone, value, rtol=1e-3, atol=1e-5), name
+            assert float(torch.cosine_similarity(alone.flatten(), value.flatten(), dim=0)) > 1 - 1e-5
+        else:
+            assert torch.allclose(alone, value, rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.slow
