@@ -68,9 +68,10 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         },
         "hubert": {"classes": "CLASSES", "code_dim": 16, "mask_length": 4, "unmasked_weight": 0.5},
     },
-    "optimizer": {"adamw": {}},
+    "optimizer": {"adamw": {}, "scaled_adam": {}},
     "schedule": {
         "constant": {"rate": 1e-3, "warmup_steps": 3},
+        "eden": {"rate": 1e-3, "lr_steps": 1e6, "lr_hours": 1e6, "warmup_steps": 3},
         "linear": {"peak": 1e-3, "warmup_steps": 3},
         "tri_stage": {"peak": 1e-3},
     },
@@ -387,16 +388,16 @@ def test_an_optimizer_lowers_a_loss_and_its_state_can_be_restored(name: str) -> 
 
 
 @pytest.mark.parametrize("name", available("schedule"))
-def test_a_schedule_is_a_function_of_the_step(name: str) -> None:
+def test_a_schedule_is_a_function_of_steps_and_hours(name: str) -> None:
     from harken.config.registry import find
 
     config = find("schedule", name).config(**tiny("schedule", name))
     schedule, again = build("schedule", config, steps=100), build("schedule", config, steps=100)
-    rates = [schedule(step) for step in range(101)]
+    rates = [schedule(step, step / 10) for step in range(101)]
     assert all(0 <= rate <= 1e-3 * (1 + 1e-9) for rate in rates)
     assert max(rates) == pytest.approx(1e-3)
     assert rates[0] < 1e-3, "it warms up"
-    assert [again(step) for step in reversed(range(101))] == rates[::-1]
+    assert [again(step, step / 10) for step in reversed(range(101))] == rates[::-1]
 
 
 def test_draws_are_a_pure_function_of_their_key() -> None:

@@ -33,9 +33,12 @@ class SlotConfig:
 
     whole_cuts: an objective sets it whose target belongs to a cut as a whole (its transcript, its speaker's words), so
         that a crop of the audio would be taught what it does not hold: such a run may not crop.
+    whole_tensors: an optimiser sets it that needs each parameter whole, so that ZeRO, which gives a rank slices of
+        many parameters strung together, may not divide them.
     """
 
     whole_cuts: ClassVar[bool] = False
+    whole_tensors: ClassVar[bool] = False
 
     name: str
 

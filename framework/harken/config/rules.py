@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from harken.core.errors import HarkenError
 
@@ -34,5 +36,20 @@ def check_numbers(
             if not all(item is None or holds(item) for item in values):
                 found = list(value) if isinstance(value, tuple) else value
                 mistakes.append(f"`{group}.{name}` {rule}, got {found}")
+    if mistakes:
+        raise HarkenError("\n".join(mistakes))
+
+
+def check_factors(factors: Mapping[str, Any], key: str) -> None:
+    """Check that a group, and every group in it, holds numbers of at least 0.
+
+    Raises HarkenError with a line for each that is not.
+    """
+    mistakes = []
+    for name, value in factors.items():
+        if isinstance(value, Mapping):
+            check_factors(value, f"{key}.{name}")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            mistakes.append(f"`{key}.{name}` must be a number of at least 0, got {value!r}")
     if mistakes:
         raise HarkenError("\n".join(mistakes))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harken.config.registry import SlotConfig
-from harken.config.rules import check_numbers
+from harken.config.rules import check_factors, check_numbers
 from harken.core.errors import HarkenError
 
 
@@ -158,6 +158,9 @@ class TrainConfig:
     init_fresh_blocks: int = 0
     """Top blocks of the encoder that start afresh, too: those of a pretrained one hold its targets more than speech
     (arXiv 2107.04734, arXiv 2006.05987)."""
+    rate_scales: dict[str, Any] = field(default_factory=dict)
+    """Factors on the learning rate of parameters and modules by name, such as `backbone.frontend: 0.1`; a parameter has
+    the product of those of all that it is in, and of the objective's own. 0 freezes. icefall: a module's `lr_scale`."""
     valid_every_steps: int = 500
     """Steps from one validation to the next; the last step is followed by one in any case."""
     patience: int = 0
@@ -179,6 +182,7 @@ class TrainConfig:
             not_negative=("init_fresh_blocks", "clip_norm", "patience", "max_skipped_steps", "max_rollbacks"),
             shares=("ema_decay",),
         )
+        check_factors(self.rate_scales, "train.rate_scales")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +296,12 @@ class RunConfig:
             raise HarkenError(
                 f"`data.crop_seconds` must be null with `objective.name: {self.objective.name}`, whose targets belong "
                 f"to whole cuts, got {self.data.crop_seconds:g}: leave longer cuts out with `data.max_seconds`"
+            )
+        if self.optimizer.whole_tensors and self.engine.zero_stage:
+            raise HarkenError(
+                f"`engine.zero_stage` must be 0 with `optimizer.name: {self.optimizer.name}`, which needs each "
+                f"parameter whole, got {self.engine.zero_stage}: ZeRO gives a rank slices of many parameters strung "
+                "together; use stage 0, or `optimizer.name: adamw`"
             )
         if self.train.patience and self.data.valid is None:
             raise HarkenError("`train.patience` counts validations: it needs `data.valid`, which is not given")

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from harken.config.load import flatten
+from harken.core.errors import HarkenError, nearest
+
 RateScale = Callable[[str, int], float]
 LAST = 10**12  # a step after every freeze
+
+
+def scaled_by_name(rate_scale: RateScale, scales: Mapping[str, Any], model: nn.Module) -> RateScale:
+    """Return `rate_scale` times the factors of `train.rate_scales` for the parameter and all modules that it is in.
+
+    Raises HarkenError for a name that is no parameter or module of the model.
+    """
+    factors = {name: float(value) for name, value in flatten(scales).items()}
+    parts = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
+    for name in factors:
+        if name not in parts:
+            raise HarkenError(
+                f"`train.rate_scales` must name parameters or modules of the model, got `{name}`{nearest(name, parts)}"
+            )
+
+    def scaled(parameter: str, step: int) -> float:
+        steps = parameter.split(".")
+        within = (".".join(steps[: depth + 1]) for depth in range(len(steps)))
+        return rate_scale(parameter, step) * math.prod(factors.get(name, 1.0) for name in within)
+
+    return scaled
 
 
 def parameter_groups(model: nn.Module, rate_scale: RateScale) -> list[dict[str, Any]]:

@@ -60,6 +60,8 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     stop: StopRequest = field(default_factory=StopRequest)
     weights_lost: bool = False
+    rate: float = 0.0
+    """Learning rate of the last step, before `rate_scale`."""
 
 
 def train(run: Run) -> str:
@@ -137,7 +139,8 @@ def take_step(run: Run, step: Step) -> bool:
     """Run this rank's batches of a step and the optimiser; the gradient is that of the mean over all targets."""
     config, state = run.config, run.state
     progress.note("forward", ids=(*step.batches, *step.idle)[0].ids)
-    set_rates(run.engine.optimizer, run.group_names, run.schedule(state.step), run.rate_scale, state.step)
+    run.rate = run.schedule(state.step, state.seconds / 3600)
+    set_rates(run.engine.optimizer, run.group_names, run.rate, run.rate_scale, state.step)
     loader = run.loader if isinstance(run.loader, TrainLoader) else None
     passes = StepRunner(run.engine, loader, config.seed).run(step, state.step)
     for done in passes.done:
@@ -209,7 +212,7 @@ def _name(run: Run, notes: list[Note], where: str = "") -> None:
 def _log(run: Run, left: float) -> None:
     figures = run.meter.read()
     figures["gradient_norm"] = run.engine.grad_norm
-    figures["learning_rate"] = run.schedule(run.state.step - 1)
+    figures["learning_rate"] = run.rate
     figures.update(run.speed.read())
     by_source = {f"hours/{name}": seconds / 3600 for name, seconds in run.state.seconds_by_source.items()}
     run.log.write(

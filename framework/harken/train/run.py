@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -31,7 +31,7 @@ from harken.engine.memory import refuse_above
 from harken.engine.precision import resolved
 from harken.engine.watchdog import watched
 from harken.optim.ema import WeightAverage
-from harken.optim.groups import parameter_groups
+from harken.optim.groups import RateScale, parameter_groups, scaled_by_name
 from harken.optim.schedules.base import Schedule
 from harken.train.autosize import find_sizes
 from harken.train.checkpoint import Checkpoints
@@ -112,10 +112,10 @@ def tune_batch(
     config = replace(config, engine=resolved(config.engine), batch=batch)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    engine, average, _, _ = _engine(config, make)
+    learner = _learner(config, make)
     loader = _loader(config, prepare, spec)
     assert isinstance(loader, TrainLoader), "a stream's loader refuses `auto`"
-    sizes = find_sizes(config, folder, engine, average, loader)
+    sizes = find_sizes(config, folder, learner.engine, learner.average, loader)
     return table(sizes.measured, sizes.limits)
 
 
@@ -133,36 +133,38 @@ def _loader(config: RunConfig, prepare: MakePrepare, spec: FrameSpec) -> TrainLo
     )
 
 
-def _engine(
-    config: RunConfig, make: MakeObjective
-) -> tuple[DeepSpeedEngine, WeightAverage | None, nn.Module, list[str]]:
-    """Return engine, average, model, and the names of the parameter groups."""
+@dataclass(frozen=True)
+class _Learner:
+    """A model and what changes it. names: of the optimiser's groups. rate_scale: factor on a parameter's rate."""
+
+    model: nn.Module
+    engine: DeepSpeedEngine
+    average: WeightAverage | None
+    names: list[str]
+    rate_scale: RateScale
+
+
+def _learner(config: RunConfig, make: MakeObjective) -> _Learner:
     torch.manual_seed(config.seed)  # the weights: equal on every rank and for every number of ranks
     model = make(config)
+    rate_scale = scaled_by_name(cast(Trainable, model).rate_scale, config.train.rate_scales, model)
     names: list[str] = []
 
     def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(module, cast(Trainable, model).rate_scale)
+        groups = parameter_groups(module, rate_scale)
         names.extend(group_names(groups))
         return cast(torch.optim.Optimizer, build("optimizer", config.optimizer, groups=groups))
 
     engine = DeepSpeedEngine(model, make_optimizer, config.engine, config.train)
-    return engine, _average(config, engine.model), model, names
+    return _Learner(model, engine, _average(config, engine.model), names, rate_scale)
 
 
-def _limit(
-    config: RunConfig,
-    folder: Path,
-    loader: TrainLoader,
-    engine: DeepSpeedEngine,
-    average: WeightAverage | None,
-    state: TrainState,
-) -> None:
+def _limit(config: RunConfig, folder: Path, loader: TrainLoader, learner: _Learner, state: TrainState) -> None:
     """Give the loader the limits that the run was saved with, or that are measured now."""
     auto = config.batch.max_seconds == "auto"
     state.limits = limits_of(state, None if auto else config.batch.micro_batch_seconds)
     if auto and state.limits is None:
-        state.limits = LimitState.begin(find_sizes(config, folder, engine, average, loader).limits)
+        state.limits = LimitState.begin(find_sizes(config, folder, learner.engine, learner.average, loader).limits)
     if state.limits is not None:
         loader.limit(state.limits)
 
@@ -171,15 +173,15 @@ def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: Mak
     """Build a run, and load the newest checkpoint in `folder` if there is one; every rank calls it."""
     _check(config, prepare)
     loader = _loader(config, prepare, spec)
-    engine, average, model, names = _engine(config, make)
-    part = cast(Trainable, model)
+    learner = _learner(config, make)
+    part = cast(Trainable, learner.model)
     checkpoints = Checkpoints(folder, config)
-    state = _resume(checkpoints, engine, average, part.fingerprint(config))
+    state = _resume(checkpoints, learner.engine, learner.average, part.fingerprint(config))
     state.position, exactness = loader.restore(state.position)
     if exactness:
         say(exactness)
     if isinstance(loader, TrainLoader):
-        _limit(config, folder, loader, engine, average, state)
+        _limit(config, folder, loader, learner, state)
     if config.batch.memory_gib is not None:
         refuse_above(config.batch.memory_gib)
     say(f"training data {config.data.train}: {loader.describe()}")
@@ -194,16 +196,16 @@ def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: Mak
         write_text_atomic(folder / "config.yaml", to_yaml(config))
     dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
     peak = config.log.peak_tflops or peak_tflops(dtype)
-    _describe(model, config, peak)
+    _describe(learner.model, config, peak)
     return Run(
         config=config,
         folder=folder,
-        engine=engine,
+        engine=learner.engine,
         loader=loader,
         valid=valid,
         schedule=cast(Schedule, build("schedule", config.schedule, steps=config.train.steps)),
-        rate_scale=part.rate_scale,
-        group_names=names,
+        rate_scale=learner.rate_scale,
+        group_names=learner.names,
         flops=part.flops,
         after_step=part.after_step,
         checkpoints=checkpoints,
@@ -215,7 +217,7 @@ def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: Mak
             start_step=state.step,
         ),
         speed=Speedometer(config.data.sample_rate, peak),
-        average=average,
+        average=learner.average,
         state=state,
     )
 

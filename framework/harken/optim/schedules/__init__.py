@@ -1,1 +1,1 @@
-"""Learning rate schedules, one a file; each is built as `cls(config, steps=total)` and maps a step to a rate."""
+"""Learning rate schedules, one a file; built as `cls(config, steps=total)`, it maps steps and hours to a rate."""

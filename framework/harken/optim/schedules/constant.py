@@ -28,6 +28,6 @@ class Constant:
     def __init__(self, config: ConstantConfig, steps: int) -> None:
         self.config = config
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int, hours: float) -> float:
         """Return the rate after `step` steps."""
         return self.config.rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))

@@ -30,7 +30,7 @@ class Linear:
     def __init__(self, config: LinearConfig, steps: int) -> None:
         self.config, self.steps = config, steps
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int, hours: float) -> float:
         """Return the rate after `step` steps."""
         own = self.config
         if step < own.warmup_steps:

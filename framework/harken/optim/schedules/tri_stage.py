@@ -43,7 +43,7 @@ class TriStage:
         self.hold = round(steps * config.hold_share)
         self.decay = max(1, steps - self.warmup - self.hold)
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int, hours: float) -> float:
         """Return the rate after `step` steps."""
         own = self.config
         if step < self.warmup:
