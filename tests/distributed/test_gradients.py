@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,29 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("worker_gradient.py")
 WORLDS = (1, 2, 4)
-# objective, frontend, layer drop
-CASES = {
-    "hubert": ("hubert", "waveform", 0.0),
-    "ctc": ("ctc", "filterbank", 0.0),
-    "dropped-layer": ("hubert", "filterbank", 0.5),
+# objective, frontend, what differs in the encoder; the Zipformer with all that it draws at random early in training
+ZIPFORMER = {
+    "name": "zipformer",
+    "downsampling": [1, 2],
+    "layers": [1],
+    "dims": [16, 24],
+    "unmasked_dims": [8],
+    "ffn_dims": [32],
+    "heads": [4],
+    "kernels": [7],
+    "query_dims": [8],
+    "value_dims": [6],
+    "position_dim": 16,
+    "constant_attention": True,
+    "causal": True,
+    "chunk_frames": [0, 8, 16],
+    "left_frames": [0, 16],
+}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "hubert": ("hubert", "waveform", {"layer_drop": 0.0}),
+    "ctc": ("ctc", "filterbank", {"layer_drop": 0.0}),
+    "dropped-layer": ("hubert", "filterbank", {"layer_drop": 0.5}),
+    "zipformer": ("hubert", "filterbank", ZIPFORMER),
 }
 
 
@@ -26,9 +45,9 @@ def steps(corpus, run_python, tmp_path_factory: pytest.TempPathFactory) -> dict[
     folder = tmp_path_factory.mktemp("gradients")
     configs = [folder / f"{case}.yaml" for case in CASES]
     for path in configs:
-        objective, frontend, layer_drop = CASES[path.stem]
+        objective, frontend, encoder = CASES[path.stem]
         settings = corpus.settings(objective, frontend)
-        settings["encoder"]["layer_drop"] = layer_drop
+        settings["encoder"] = encoder if "name" in encoder else {**settings["encoder"], **encoder}
         OmegaConf.save(OmegaConf.create(settings), path)
     for world in WORLDS:
         (folder / str(world)).mkdir()
@@ -47,11 +66,11 @@ def test_gradients_do_not_depend_on_the_number_of_processes(steps, case: str, ze
     records = {world: torch.load(folder / f"{case}-{zero_stage}.pt") for world, folder in steps.items()}
     alone = records[1]
     assert alone["applied"]
-    assert len(alone["lengths"]) == 8
+    assert len(alone["lengths"]) >= 8, "each of 8 micro-batches is one or two rectangles"
     assert len({length for row in alone["lengths"] for length in row}) > 8, "the batch must be ragged"
     for world in WORLDS[1:]:
         record = records[world]
-        assert len(record["lengths"]) == 8 // world
+        assert 8 // world <= len(record["lengths"]) < len(alone["lengths"])
         assert record["gradients"].keys() == alone["gradients"].keys()
         flat, expected = (torch.cat([value.flatten() for value in r["gradients"].values()]) for r in (record, alone))
         error = relative_error(flat, expected)

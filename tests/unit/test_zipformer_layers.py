@@ -101,6 +101,19 @@ def test_a_balancer_adds_the_gradient_of_its_definition(channel_dim: int) -> Non
 
 
 @pytest.mark.usefixtures("always")
+def test_channels_that_are_constant_spoil_no_gradient() -> None:
+    """Channels are masked in training: in a batch of few utterances one is then zero everywhere."""
+    x = torch.randn(2, 5, 4) * torch.tensor([1.0, 0.0, 0.0, 1e-6]) + torch.tensor([0.0, 0.0, 3.0, 1e3])
+    for module in (Balancer(Clock()), Whitener(1.0)):
+        own = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad((module(own) * torch.randn_like(x)).sum(), own)
+        assert torch.isfinite(found).all()
+    norm = BiasNorm(4, limit=True)
+    (found,) = torch.autograd.grad(norm(own * 0).sum(), own)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_whitener_adds_the_gradient_of_its_metric(groups: int) -> None:
     torch.manual_seed(1)

@@ -140,7 +140,8 @@ def _weights(state: Mapping[str, Any], path: Path, *, running: bool) -> dict[str
     model = state["model_avg" if running else "model"]
     used = {name: value for name, value in model.items() if not UNUSED.fullmatch(name)}
     if "encoder_dim" in state:
-        return rename_weights(used, ZIPFORMER, NO_QUERY_KEY_VALUE, path)
+        renamed = rename_weights(used, ZIPFORMER, NO_QUERY_KEY_VALUE, path)
+        return {name: value.reshape(1) if value.ndim == 0 else value for name, value in renamed.items()}  # log_scale
     return rename_weights(used, HUBERT, fairseq.QUERY_KEY_VALUE, path)
 
 

@@ -28,7 +28,7 @@ class _BiasNorm(torch.autograd.Function):
         along = (grad * x.float()).sum(-1, keepdim=True) * scale
         pull = along * inverse.square() * centred / x.shape[-1]
         bias_grad = pull.flatten(0, -2).sum(0)
-        return (grad * scale - pull).to(x.dtype), bias_grad.to(bias.dtype), along.sum().to(log_scale.dtype)
+        return (grad * scale - pull).to(x.dtype), bias_grad.to(bias.dtype), along.sum().reshape(1).to(log_scale.dtype)
 
 
 def _inverse_rms(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ class BiasNorm(nn.Module):
     def __init__(self, dim: int, *, limit: bool) -> None:
         super().__init__()
         self.limit = limit
-        self.log_scale = nn.Parameter(torch.tensor(1.0))
+        self.log_scale = nn.Parameter(torch.ones(1))  # not a scalar: DeepSpeed cannot broadcast one to the ranks
         self.bias = nn.Parameter(torch.empty(dim).normal_(std=1e-4))
 
     def forward(self, x: Tensor) -> Tensor:

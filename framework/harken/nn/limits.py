@@ -29,9 +29,11 @@ def _scalar(value: Number | Chance) -> Tensor:
 class _Balance(torch.autograd.Function):
     """Moves each channel's mean over its deviation, and its root mean square, back between their bounds.
 
-    Both losses are functions of a channel's mean and mean square, so their gradient with respect to an element is
-    a + b x, with a and b of the channel. It is scaled to a root mean square of `strength` over the channel and to the
-    size of each element's own gradient.
+    With m, d and r a channel's mean, deviation and root mean square, q = m / d and z = (x - m) / d, the gradient of
+    |q - bounded q| + |log r - bounded log r|, times d, is s (1 - q z) + t (q + z) / (1 + q^2), with s and t the signs of
+    what is in the bars: A + B z.
+    It is scaled to a root mean square of `strength` over the channel, which is that of A + B z, and to the size of each
+    element's own gradient. A channel that is zero everywhere, as a masked one is, has none.
     """
 
     @staticmethod
@@ -48,17 +50,16 @@ class _Balance(torch.autograd.Function):
         x = x.float()
         others = [dim for dim in range(x.ndim) if dim != ctx.channel_dim % x.ndim]
         mean = x.mean(others, keepdim=True)
-        square = x.square().mean(others, keepdim=True)
-        deviation = (x - mean).square().mean(others, keepdim=True).clamp(min=_TINY).sqrt()
-        rms = square.clamp(min=_TINY).sqrt()
+        variance = (x - mean).square().mean(others, keepdim=True)
+        square = mean.square() + variance
+        deviation, rms = variance.clamp(min=_TINY).sqrt(), square.clamp(min=_TINY).sqrt()
         ratio = mean / deviation
         off_mean = torch.sign(ratio - torch.clamp(ratio, low_mean, high_mean))
-        off_rms = torch.sign(rms - torch.clamp(rms, low_rms, high_rms))
-        a = off_mean * (1 + ratio.square()) / deviation
-        b = off_rms / rms.square() - off_mean * ratio / deviation.square()
-        size = (a.square() + 2 * a * b * mean + b.square() * square).clamp(min=0).sqrt().clamp(min=_TINY)
-        scale = active.to(x.device) * ctx.strength / size
-        changed = grad.float() + grad.float().abs() * (a * scale + b * scale * x)
+        off_rms = torch.sign(rms - torch.clamp(rms, low_rms, high_rms)) * (square > _TINY)
+        a = off_mean + off_rms * ratio / (1 + ratio.square())
+        b = off_rms / (1 + ratio.square()) - off_mean * ratio * (variance > _TINY)
+        scale = active.to(x.device) * ctx.strength / (a.square() + b.square()).sqrt().clamp(min=_TINY)
+        changed = grad.float() + grad.float().abs() * scale * (a + b * (x - mean) / deviation)
         return changed.to(grad.dtype), None, None, None, None
 
 
@@ -136,8 +137,8 @@ def _whitening_gradient(x: Tensor, grad: Tensor, active: Tensor, limit: Tensor, 
     identity = torch.eye(flat.shape[-1], device=x.device)
     penalty: Tensor = (flat @ (covariance - square / (trace + _TINY) * identity)).transpose(0, 1).reshape(x.shape)
     above = square / (trace.square() + _TINY) >= limit.to(x.device)
-    scale = above * strength * grad.float().norm() / (penalty.norm() + _TINY)
-    changed: Tensor = grad + (penalty * scale).to(grad.dtype)
+    scale = strength * grad.float().norm() / (penalty.norm() + _TINY)
+    changed: Tensor = grad + torch.where(above, penalty * scale, 0.0).to(grad.dtype)
     return changed
 
 
