@@ -30,7 +30,7 @@ class _Balance(torch.autograd.Function):
     """Moves each channel's mean over its deviation, and its root mean square, back between their bounds.
 
     With m, d and r a channel's mean, deviation and root mean square, q = m / d and z = (x - m) / d, the gradient of
-    |q - bounded q| + |log r - bounded log r|, times d, is s (1 - q z) + t (q + z) / (1 + q^2), with s and t the signs of
+    |q - bounded q| + |log r - bounded log r|, times d, is s (1 - q z) + t (q + z) / (1 + q^2), s and t the signs of
     what is in the bars: A + B z.
     It is scaled to a root mean square of `strength` over the channel, which is that of A + B z, and to the size of each
     element's own gradient. A channel that is zero everywhere, as a masked one is, has none.
