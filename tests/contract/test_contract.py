@@ -29,6 +29,15 @@ from harken.optim.groups import parameter_groups, set_rates
 # The smallest useful settings of each part: a part that is new to the registry needs a line here to be tested.
 TINY: dict[str, dict[str, dict[str, Any]]] = {
     "frontend": {
+        "convnext": {
+            "bands": 20,
+            "channels": 24,
+            "maps": [2, 4, 8],
+            "dropout": 0.0,
+            "start_dropout": 0.0,
+            "random_skips": False,
+            "gradient_limits": False,
+        },
         "filterbank": {"bands": 20, "channels": 24, "subsampling": 2},
         "waveform": {"channels": 16},
     },
@@ -56,6 +65,23 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "attention_dropout": 0.0,
             "input_dropout": 0.0,
             "layer_drop": 0.0,
+        },
+        "zipformer": {
+            "downsampling": [1, 2, 4],
+            "layers": [1, 2, 1],
+            "dims": [16, 32, 24],
+            "unmasked_dims": [16],
+            "ffn_dims": [32],
+            "heads": [4],
+            "kernels": [7],
+            "query_dims": [8],
+            "value_dims": [6],
+            "position_dim": 16,
+            "dropout": 0.0,
+            "start_dropout": 0.0,
+            "position_dropout": 0.0,
+            "random_skips": False,
+            "gradient_limits": False,
         },
     },
     "objective": {
@@ -85,7 +111,13 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("frontend", "waveform"): [{}, {"norm": "layer", "bias": True, "normalize": True}],
     ("encoder", "transformer"): [{}, {"norm_first": True, "position_kernel": 15}],
+    ("encoder", "zipformer"): [
+        {},
+        {"causal": True},
+        {"causal": True, "chunk_frames": [8], "left_frames": [16], "eval_chunk_frames": 8, "eval_left_frames": 16},
+    ],
     ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
+    ("objective", "hubert"): [{}, {"head": "linear"}],
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,29 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("worker_gradient.py")
 WORLDS = (1, 2, 4)
-# objective, frontend, layer drop
-CASES = {
-    "hubert": ("hubert", "waveform", 0.0),
-    "ctc": ("ctc", "filterbank", 0.0),
-    "dropped-layer": ("hubert", "filterbank", 0.5),
+# objective, frontend, what differs in the encoder; the Zipformer with all that it draws at random early in training
+ZIPFORMER = {
+    "name": "zipformer",
+    "downsampling": [1, 2],
+    "layers": [1],
+    "dims": [16, 24],
+    "unmasked_dims": [8],
+    "ffn_dims": [32],
+    "heads": [4],
+    "kernels": [7],
+    "query_dims": [8],
+    "value_dims": [6],
+    "position_dim": 16,
+    "constant_attention": True,
+    "causal": True,
+    "chunk_frames": [0, 8, 16],
+    "left_frames": [0, 16],
+}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "hubert": ("hubert", "waveform", {"layer_drop": 0.0}),
+    "ctc": ("ctc", "filterbank", {"layer_drop": 0.0}),
+    "dropped-layer": ("hubert", "filterbank", {"layer_drop": 0.5}),
+    "zipformer": ("hubert", "filterbank", ZIPFORMER),
 }
 
 
@@ -26,9 +45,9 @@ def steps(corpus, run_python, tmp_path_factory: pytest.TempPathFactory) -> dict[
     folder = tmp_path_factory.mktemp("gradients")
     configs = [folder / f"{case}.yaml" for case in CASES]
     for path in configs:
-        objective, frontend, layer_drop = CASES[path.stem]
+        objective, frontend, encoder = CASES[path.stem]
         settings = corpus.settings(objective, frontend)
-        settings["encoder"]["layer_drop"] = layer_drop
+        settings["encoder"] = encoder if "name" in encoder else {**settings["encoder"], **encoder}
         OmegaConf.save(OmegaConf.create(settings), path)
     for world in WORLDS:
         (folder / str(world)).mkdir()

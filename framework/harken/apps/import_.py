@@ -13,25 +13,48 @@ EXAMPLE = "harken import hubert_base_ls960.pt --from fairseq --out models/hubert
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the file to read")
+    parser.add_argument(
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="file to read; several of icefall: their mean",
+    )
     parser.add_argument("--from", dest="source", required=True, choices=FORMATS, help="the toolkit that wrote it")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the model")
+    parser.add_argument(
+        "--running-average",
+        action="store_true",
+        help="of icefall: the average that training kept (`model_avg`), over all steps, or between two checkpoints",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the model folder and say what is in it."""
     import importlib
 
-    from harken.config.registry import build
+    import torch
 
-    imported = importlib.import_module(f"harken.interop.{args.source}").import_checkpoint(args.checkpoint, args.out)
-    config = imported.config
-    encoder, objective = config.encoder, config.objective
+    from harken.core.errors import HarkenError
+    from harken.encoders.backbone import build_backbone
+
+    importer = importlib.import_module(f"harken.interop.{args.source}")
+    average = len(args.checkpoints) > 1 or args.running_average
+    if average and args.source != "icefall":
+        raise HarkenError(f"averages are made of icefall's checkpoints alone, not of `--from {args.source}`: name one")
+    if average:
+        imported = importer.import_average(args.checkpoints, args.out, running=args.running_average)
+    else:
+        imported = importer.import_checkpoint(args.checkpoints[0], args.out)
+    config, objective = imported.config, imported.config.objective
     millions = sum(weight.numel() for weight in imported.weights.values()) / 1e6
-    rate = build("frontend", config.frontend).spec.rate
+    with torch.device("meta"):
+        backbone = build_backbone(config)
     classes = ", ".join(map(str, objective.classes))
-    print(f"{args.out}: {objective.name} on {encoder.layers} {encoder.name} layers of {encoder.dim}")
-    print(f"{millions:.1f} million parameters, {rate:g} frames a second of {config.data.sample_rate} Hz audio")
+    layers = f"{backbone.encoder.num_layers} {config.encoder.name} layers of {backbone.dim}"
+    print(f"{args.out}: {objective.name} on {layers}")
+    rate = f"{backbone.spec.rate:g} frames a second of {config.data.sample_rate} Hz audio"
+    print(f"{millions:.1f} million parameters, {rate}")
     print(f"classes: {classes}; updates it was trained for: {imported.updates or 'not recorded'}")
     for note in imported.notes:
         print(f"not carried over: {note}")

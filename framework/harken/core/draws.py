@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def key(*parts: object) -> int:
@@ -31,14 +32,17 @@ class Draws:
 
 
 _shared = torch.Generator()
+_step = torch.zeros(())  # a tensor, so that compiled code reads its value and is not compiled anew for each step
 
 
 def begin_micro_batch(seed: int, step: int, micro_batch: int) -> None:
     """Seed torch for one micro-batch, so that dropout depends on its place in the plan alone.
 
     `micro_batch` is its place within the step over all ranks. The shared generator, for draws in which every rank
-    and micro-batch must agree (which layers LayerDrop skips), depends on the step only.
+    and micro-batch must agree (which layers LayerDrop skips), depends on the step only. What changes in the course of
+    training by a schedule reads the step from here too (`current_step`), so a resumed run has nothing to restore.
     """
+    _step.fill_(step)
     torch.manual_seed(key(seed, step, micro_batch, "dropout") & (2**63 - 1))
     _shared.manual_seed(key(seed, step, "shared") & (2**63 - 1))
 
@@ -46,3 +50,8 @@ def begin_micro_batch(seed: int, step: int, micro_batch: int) -> None:
 def shared_uniform() -> float:
     """Draw from [0, 1), the same on every rank and micro-batch of a step."""
     return float(torch.rand((), generator=_shared))
+
+
+def current_step() -> Tensor:
+    """Return the step of the micro-batch that was begun last, 0 before the first: a scalar on the CPU."""
+    return _step

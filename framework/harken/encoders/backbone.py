@@ -24,7 +24,7 @@ class Backbone(nn.Module):
         self.frontend = frontend
         self.encoder = encoder
         # uniform as in fairseq; it is part of the backbone because fine-tuning masks with the pretrained vector
-        self.mask_embedding = nn.Parameter(torch.rand(encoder.dim))
+        self.mask_embedding = nn.Parameter(torch.rand(encoder.embed_dim))
 
     @property
     def spec(self) -> FrameSpec:

@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Encoded:
-    """An encoder's result: `last` `(B, T, D)`, `hidden` `{layer: (B, T, D)}`, `lengths` `(B,)` on the CPU."""
+    """An encoder's result: `last` `(B, T, D)`, `hidden` `{layer: (B, T, D)}`, `lengths` `(B,)` on the CPU.
+
+    penalty: scalar that an objective adds to its summed loss in training, None where there is none.
+    """
 
     last: Tensor
     hidden: dict[int, Tensor]
     lengths: Tensor
+    penalty: Tensor | None = None
+
+    def penalised(self, total: Tensor) -> Tensor:
+        """Return a summed loss with the penalty added."""
+        return total if self.penalty is None else total + self.penalty
 
 
 class Encoder(nn.Module):
@@ -28,12 +36,17 @@ class Encoder(nn.Module):
     num_layers: int
     checkpoint_blocks: bool = False
 
+    @property
+    def embed_dim(self) -> int:
+        """Width of an embedded frame, and of the vector that replaces a masked one."""
+        return self.dim
+
     def embed(self, frames: Tensor) -> Tensor:
-        """Bring a frontend's frames `(B, T, F)` to the encoder's width `(B, T, D)`; masks are applied to the result."""
+        """Bring a frontend's frames `(B, T, F)` to `(B, T, embed_dim)`; masks are applied to the result."""
         raise NotImplementedError
 
     def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
-        """Encode embedded frames `(B, T, D)`.
+        """Encode embedded frames `(B, T, embed_dim)`.
 
         lengths: `(B,)` on the CPU. layers: which hidden layers to return besides the last; the blocks above the highest
         one still run, as `last` needs them.

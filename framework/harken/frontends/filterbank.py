@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -20,8 +20,8 @@ from harken.nn.masked import normalise_over_time
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterbankConfig(SlotConfig):
-    """Kaldi's 80-bin filterbank; two strided convolutions give 40 ms frames, one gives 20 ms."""
+class LogMelConfig(SlotConfig):
+    """What frontends over Kaldi's filterbank share."""
 
     sample_rate: int = 16000
     """Samples a second of the audio; equals `data.sample_rate`. Kaldi `sample-frequency`."""
@@ -33,6 +33,17 @@ class FilterbankConfig(SlotConfig):
     """Upper edge of the last band; 0 is half the sample rate, a negative value counts down from there (Kaldi)."""
     channels: int = 256
     """Width of a frame that leaves the frontend, and of its convolutions over time."""
+    normalize: bool = True
+    """Give each band of each utterance zero mean and unit variance."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "frontend", positive=("sample_rate", "bands", "channels"), not_negative=("low_hz",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterbankConfig(LogMelConfig):
+    """Kaldi's 80-bin filterbank; two strided convolutions give 40 ms frames, one gives 20 ms."""
+
     subsampling: int = 4
     """Frames of 10 ms that one output frame stands for: 2 or 4 (Fast-HuBERT, arXiv 2309.13860, uses 4)."""
     convolution: Literal["time", "time_frequency"] = "time"
@@ -40,11 +51,10 @@ class FilterbankConfig(SlotConfig):
     (the front of Deep Speech 2, arXiv 1512.02595, and of most recognisers since)."""
     maps: int = 32
     """Feature maps of `time_frequency`."""
-    normalize: bool = True
-    """Give each band of each utterance zero mean and unit variance."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "frontend", positive=("sample_rate", "bands", "channels", "maps"), not_negative=("low_hz",))
+        super().__post_init__()
+        check_numbers(self, "frontend", positive=("maps",))
         if self.subsampling not in (1, 2, 4, 8):
             raise HarkenError(f"`frontend.subsampling` must be 1, 2, 4 or 8, got {self.subsampling}")
 
@@ -58,7 +68,7 @@ class LogMel(nn.Module):
     window: Tensor
     mel: Tensor
 
-    def __init__(self, config: FilterbankConfig) -> None:
+    def __init__(self, config: LogMelConfig) -> None:
         super().__init__()
         self.size = config.sample_rate * 25 // 1000
         self.hop = config.sample_rate // 100
@@ -81,7 +91,7 @@ class LogMel(nn.Module):
             return bands.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
-def mel_matrix(config: FilterbankConfig, fft: int) -> Tensor:
+def mel_matrix(config: LogMelConfig, fft: int) -> Tensor:
     """Return Kaldi's triangular mel weights `(fft / 2, bands)`: triangles in mel, 1127 ln(1 + f / 700)."""
 
     def to_mel(hertz: Tensor) -> Tensor:
@@ -167,19 +177,42 @@ def kernel_of(stride: int) -> int:
     return 3 if stride == 2 else 1
 
 
-@register("frontend", FilterbankConfig)
-class Filterbank(Frontend):
-    """Log-mel bands, normalised over each utterance, then strided convolutions."""
+class LogMelFrontend(Frontend):
+    """Log-mel bands, normalised over each utterance if so configured; what is behind them is of windows of 10 ms."""
 
-    def __init__(self, config: FilterbankConfig) -> None:
+    def __init__(self, config: LogMelConfig, windows: Sequence[Window]) -> None:
         super().__init__()
-        self.config = config
+        self.normalize = config.normalize
         self.bands = config.bands
         self.dim = config.channels
         self.log_mel = LogMel(config)
+        self.spec = FrameSpec((Window(self.log_mel.size, self.log_mel.hop), *windows), config.sample_rate)
+
+    def log_energies(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None) -> Tensor:
+        """Return `(B, T, bands)`, a frame each 10 ms; a masked band is set to its mean over the utterance."""
+        x: Tensor = self.log_mel(inputs)
+        if self.normalize:
+            count = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)
+            x = normalise_over_time(x, count if bool((count < x.shape[1]).any()) else None)
+        return x if band_mask is None else x.masked_fill(band_mask[:, None, :], 0.0)
+
+    def mel_frames(self, samples: int) -> int:
+        """Return the number of frames of 10 ms."""
+        return FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(samples)
+
+    def mel_flops(self, samples: int) -> float:
+        """Count the mel product."""
+        return 2.0 * self.mel_frames(samples) * self.log_mel.mel.numel()
+
+
+@register("frontend", FilterbankConfig)
+class Filterbank(LogMelFrontend):
+    """Log-mel bands, normalised over each utterance, then strided convolutions."""
+
+    def __init__(self, config: FilterbankConfig) -> None:
         strides = [2] * int(math.log2(config.subsampling)) or [1]
-        windows = (Window(self.log_mel.size, self.log_mel.hop), *(Window(kernel_of(s), s) for s in strides))
-        self.spec = FrameSpec(windows, config.sample_rate)
+        super().__init__(config, [Window(kernel_of(s), s) for s in strides])
+        self.config = config
         self.subsampling: TimeSubsampling | TimeFrequencySubsampling = (
             TimeSubsampling(config, strides)
             if config.convolution == "time"
@@ -187,16 +220,9 @@ class Filterbank(Frontend):
         )
 
     def forward(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return frames `(B, T, channels)` and lengths; a masked band is set to its mean over the utterance."""
-        x = self.log_mel(inputs)
-        if self.config.normalize:
-            count = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)
-            x = normalise_over_time(x, count if bool((count < x.shape[1]).any()) else None)
-        if band_mask is not None:
-            x = x.masked_fill(band_mask[:, None, :], 0.0)
-        return self.subsampling(x), self.spec.num_frames(lengths)
+        """Return frames `(B, T, channels)` and lengths; see `LogMelFrontend` for masked bands."""
+        return self.subsampling(self.log_energies(inputs, lengths, band_mask)), self.spec.num_frames(lengths)
 
     def flops(self, samples: int) -> float:
         """Count the mel product and the convolutions; see `Frontend`."""
-        frames = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(samples)
-        return 2.0 * frames * self.log_mel.mel.numel() + self.subsampling.flops(frames)
+        return self.mel_flops(samples) + self.subsampling.flops(self.mel_frames(samples))

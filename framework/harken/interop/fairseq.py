@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from torch import Tensor
 
 from harken.config.load import from_dict
 from harken.config.registry import build
-from harken.config.saved import load_into, save_model
-from harken.config.schema import RunConfig
+from harken.config.saved import load_into
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_folder, check_replaceable, sha256_file, write_json_atomic
+from harken.core.files import check_replaceable, sha256_file
 from harken.encoders.backbone import build_backbone
 from harken.interop.fairseq_options import (
     check_supported,
@@ -34,6 +32,7 @@ from harken.interop.fairseq_options import (
     read_options,
     training_config,
 )
+from harken.interop.imported import Imported, write_imported
 from harken.interop.names import rename_weights
 from harken.interop.unpickle import Record, plain, read_checkpoint
 
@@ -60,21 +59,6 @@ NAMES: tuple[tuple[str, str], ...] = (
 QUERY_KEY_VALUE = re.compile(rf"{_BLOCK}self_attn\.([qkv])_proj\.{_PART}")
 
 
-@dataclass(frozen=True)
-class Imported:
-    """A harken model that was read from a checkpoint.
-
-    symbols: for each codebook, the unit that each class stands for (empty where the checkpoint has no dictionary).
-    updates: how long it was trained, 0 where the checkpoint does not say. notes: options that are not carried over.
-    """
-
-    config: RunConfig
-    weights: dict[str, Tensor]
-    symbols: tuple[tuple[str, ...], ...]
-    updates: int
-    notes: tuple[str, ...]
-
-
 def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
     """Read a checkpoint and write it as a model folder, which `load_objective` and `load_backbone` open.
 
@@ -84,17 +68,7 @@ def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
     path, folder = Path(path), Path(folder)
     check_replaceable(folder, kind="imported model")  # before the work
     imported = read_hubert(path)
-    about = {
-        "format": "fairseq",
-        "checkpoint": path.name,
-        "sha256": sha256_file(path),
-        "updates": imported.updates,
-        "not_carried_over": imported.notes,
-        "symbols": imported.symbols,
-    }
-    with atomic_folder(folder, kind="imported model") as temporary:
-        save_model(temporary, imported.config, imported.weights)
-        write_json_atomic(temporary / "imported.json", about)
+    write_imported(folder, imported, {"format": "fairseq", "checkpoint": path.name, "sha256": sha256_file(path)})
     return imported
 
 

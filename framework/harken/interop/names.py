@@ -42,7 +42,7 @@ def rename_weights(
         else:
             unknown.append(name)
     if unknown:
-        raise HarkenError(f"harken's HuBERT has no place for these weights of {source}: {', '.join(unknown[:5])}")
+        raise HarkenError(f"harken's model has no place for these weights of {source}: {', '.join(unknown[:5])}")
     for name, part in parts.items():
         if len(part) != len("qkv"):
             raise HarkenError(f"{source} has {', '.join(sorted(part))} of `{name}`, expected q, k and v")

@@ -18,11 +18,11 @@ def convolve_over_time(x: Tensor, weight: Tensor, bias: Tensor | None, *, paddin
 
 
 class DepthwiseConvolution(nn.Conv1d):
-    """One kernel of odd size for each channel, over time, as many frames out as in; no bias."""
+    """One kernel of odd size for each channel, over time, as many frames out as in."""
 
-    def __init__(self, channels: int, kernel: int) -> None:
-        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+    def __init__(self, channels: int, kernel: int, *, bias: bool = False) -> None:
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
-        return convolve_over_time(x, self.weight, None, padding=self.kernel_size[0] // 2, groups=self.groups)
+        return convolve_over_time(x, self.weight, self.bias, padding=self.kernel_size[0] // 2, groups=self.groups)

@@ -213,7 +213,7 @@ class Ctc(Objective):
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> CtcPrepare:
         """Return the transcript encoder; masks are drawn in training only."""
-        dim = getattr(config.encoder, "dim", 0)
+        dim = getattr(config.encoder, "embed_dim", getattr(config.encoder, "dim", 0))
         bands = getattr(config.frontend, "bands", None)
         return CtcPrepare(spec, cast(CtcConfig, config.objective), dim, bands, train)
 
@@ -266,7 +266,7 @@ class Ctc(Objective):
             inner = torch.stack([_ctc_loss(self._classify(x), lengths, batch) for x in hidden]).mean()
             total = (1 - own.intermediate_weight) * main + own.intermediate_weight * inner
             metrics["loss_intermediate"] = (inner.detach(), count)
-        return Loss(total=total, metrics=metrics)
+        return Loss(total=encoded.penalised(total), metrics=metrics)
 
     def head_flops(self, frames: int) -> float:
         """Count the linear head."""

@@ -39,7 +39,7 @@ class HubertConfig(SlotConfig):
     mask_length: int = 10
     """fairseq `mask_length`, in frames."""
     code_dim: int = 256
-    """fairseq `final_dim`; 768 in Large."""
+    """Width in which the cosine heads compare frames and code embeddings. fairseq `final_dim`; 768 in Large."""
     temperature: float = 0.1
     """fairseq `logit_temp`."""
     masked_weight: float = 1.0
@@ -50,10 +50,13 @@ class HubertConfig(SlotConfig):
     """Weight of the mean square of the frontend's output; fairseq `loss_weights: [10]`."""
     head: Literal["cosine", "cosine_normal", "linear"] = "cosine"
     """`cosine` is the published head, whose code embeddings start uniform in 0..1, so nearly parallel, and take
-    thousands of steps to part. `cosine_normal` starts them normal with norm 1. `linear` is a plain classifier (k2SSL,
-    arXiv 2411.17100)."""
+    thousands of steps to part. `cosine_normal` starts them normal with norm 1. `linear` is one linear map from the
+    encoder's width, over `temperature` (k2SSL, arXiv 2411.17100; icefall `final_proj`)."""
     separate_projections: bool = False
-    """One projection for each codebook; fairseq `untie_final_proj`."""
+    """One projection for each codebook, of the cosine heads; fairseq `untie_final_proj`."""
+    penalty_over_padding: bool = False
+    """Take the mean of the features penalty over the whole batch, padding included, as fairseq and k2SSL do: the loss
+    then depends on which utterances share a batch."""
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -120,15 +123,19 @@ class CosineCodes(nn.Module):
 
 
 class LinearCodes(nn.Module):
-    """Logits of units from one linear map for each codebook."""
+    """Logits of units from one linear map for each codebook, over a temperature.
 
-    def __init__(self, classes: tuple[int, ...], dim: int) -> None:
+    Source: k2SSL, arXiv 2411.17100; icefall's `hubert_ce.py`.
+    """
+
+    def __init__(self, classes: tuple[int, ...], dim: int, temperature: float) -> None:
         super().__init__()
+        self.temperature = temperature
         self.maps = nn.ModuleList(nn.Linear(dim, count) for count in classes)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Map projected frames `(N, C, dim)` to logits `(N, classes[c])` of each codebook."""
-        return [linear(x[:, index]).float() for index, linear in enumerate(self.maps)]
+        """Map frames `(N, C, dim)` to logits `(N, classes[c])` of each codebook."""
+        return [linear(x[:, index]).float() / self.temperature for index, linear in enumerate(self.maps)]
 
 
 @register("objective", HubertConfig)
@@ -143,13 +150,15 @@ class Hubert(Objective):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self.heads = len(config.classes) if config.separate_projections else 1
-        self.project = nn.Linear(backbone.dim, config.code_dim * self.heads)
-        self.codes: CosineCodes | LinearCodes = (
-            LinearCodes(config.classes, config.code_dim)
-            if config.head == "linear"
-            else CosineCodes(config.classes, config.code_dim, config.temperature, normal=config.head == "cosine_normal")
-        )
+        if config.head == "linear":
+            self.heads = 1
+            self.project: nn.Module = nn.Identity()
+            self.codes: CosineCodes | LinearCodes = LinearCodes(config.classes, backbone.dim, config.temperature)
+        else:
+            self.heads = len(config.classes) if config.separate_projections else 1
+            self.project = nn.Linear(backbone.dim, config.code_dim * self.heads)
+            normal = config.head == "cosine_normal"
+            self.codes = CosineCodes(config.classes, config.code_dim, config.temperature, normal=normal)
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> HubertPrepare:
@@ -175,7 +184,8 @@ class Hubert(Objective):
         """Return the cross entropy summed over masked frames and codebooks, plus the features penalty."""
         mask = batch.targets["mask"]
         frames, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {"mask": mask})
-        flat = self.backbone.encoder.encode(x, lengths).last.flatten(0, 1)
+        encoded = self.backbone.encoder.encode(x, lengths)
+        flat = encoded.last.flatten(0, 1)
         labels = batch.targets["labels"].flatten(0, 1)
         metrics: Metrics = {}
         total = frames.new_zeros((), dtype=torch.float32)
@@ -184,13 +194,19 @@ class Hubert(Objective):
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
                 loss = self._predict(flat[index], labels[index], where, metrics)
             total = total + weight * loss if weight > 0 else total
-        penalty = self._penalty(frames, lengths, mask)
+        if self.config.penalty_over_padding:
+            penalty = frames.float().square().mean() * batch.num_targets
+        else:
+            penalty = self._penalty(frames, lengths, mask)
         metrics["features_penalty"] = (penalty.detach(), penalty.new_tensor(batch.num_targets))
-        return Loss(total=total + self.config.penalty_weight * penalty, metrics=metrics)
+        return Loss(total=encoded.penalised(total + self.config.penalty_weight * penalty), metrics=metrics)
 
     def head_flops(self, frames: int) -> float:
         """Count the projection and the similarities, for masked and unmasked frames together."""
-        return 2.0 * frames * (self.project.weight.numel() + sum(self.config.classes) * self.config.code_dim)
+        classes, own = sum(self.config.classes), self.config
+        if own.head == "linear":
+            return 2.0 * frames * classes * self.backbone.dim
+        return 2.0 * frames * own.code_dim * (self.heads * self.backbone.dim + classes)
 
     def _predict(self, x: Tensor, labels: Tensor, where: str, metrics: Metrics) -> Tensor:
         """Return the summed cross entropy of frames `(N, D)` with labels `(N, C)`; record its mean and the accuracy."""

@@ -1,0 +1,45 @@
+"""What every importer gives, and the folder that it is written as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from harken.config.saved import save_model
+from harken.config.schema import RunConfig
+from harken.core.files import atomic_folder, write_json_atomic
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A harken model that was read from a checkpoint.
+
+    symbols: for each codebook, the unit that each class stands for (empty where the checkpoint has no dictionary).
+    updates: how long it was trained, 0 where the checkpoint does not say. notes: options that are not carried over.
+    """
+
+    config: RunConfig
+    weights: dict[str, Tensor]
+    symbols: tuple[tuple[str, ...], ...]
+    updates: int
+    notes: tuple[str, ...]
+
+
+def write_imported(folder: Path, imported: Imported, source: Mapping[str, Any]) -> None:
+    """Write a model folder, which `load_objective` and `load_backbone` open; `source` says what it was read from.
+
+    Raises HarkenError when the folder holds something already.
+    """
+    about = {
+        **source,
+        "updates": imported.updates,
+        "not_carried_over": imported.notes,
+        "symbols": imported.symbols,
+    }
+    with atomic_folder(folder, kind="imported model") as temporary:
+        save_model(temporary, imported.config, imported.weights)
+        write_json_atomic(temporary / "imported.json", about)
