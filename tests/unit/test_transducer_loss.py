@@ -140,7 +140,9 @@ def test_what_lies_behind_an_utterances_end_is_not_looked_at() -> None:
     arcs = random_arcs(0, [5, 2], [6, 3])
     garbage = Arcs(emit=arcs.emit.clone(), blank=arcs.blank.clone(), tokens=arcs.tokens, frames=arcs.frames)
     garbage.emit[1, :, 3:], garbage.blank[1, :, 3:], garbage.emit[1, 2:], garbage.blank[1, 3:] = 9.0, 9.0, 9.0, 9.0
-    alone = Arcs(emit=arcs.emit[1:, :2, :3], blank=arcs.blank[1:, :3, :3], tokens=arcs.tokens[1:], frames=arcs.frames[1:])
+    alone = Arcs(
+        emit=arcs.emit[1:, :2, :3], blank=arcs.blank[1:, :3, :3], tokens=arcs.tokens[1:], frames=arcs.frames[1:]
+    )
     sums, expected = sum_paths(garbage), sum_paths(alone)
     assert float(sums.scores[1]) == float(expected.scores[0])
     assert torch.equal(sums.emit[1, :2, :3], expected.emit[0])
@@ -249,7 +251,9 @@ def test_arcs_that_do_not_fit_are_refused() -> None:
 @pytest.mark.skipif(HAS_K2, reason="k2 is installed")
 def test_k2_where_it_is_missing_is_named() -> None:
     arcs = random_arcs(0, [2], [3])
-    with pytest.raises(HarkenError, match=r"`objective.backend: k2` needs k2, and it does not import .*`harken doctor`"):
+    with pytest.raises(
+        HarkenError, match=r"`objective.backend: k2` needs k2, and it does not import .*`harken doctor`"
+    ):
         lattice_sums(arcs, "k2")
     sums: Sums = lattice_sums(arcs, "auto")
     assert torch.equal(sums.scores, sum_paths(arcs).scores)

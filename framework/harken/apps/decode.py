@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from harken.objectives.base import Objective
     from harken.objectives.transcripts import Recogniser
 
-HELP = "Decode manifests with a CTC model or a transducer, by batches, into hypothesis files for `harken score`."
+HELP = "Decode manifests with a CTC model or a transducer, in batches, into files for `harken score`."
 EXAMPLE = (
     "harken decode exp/finetune test.jsonl --out exp/decode\n"
-    "  harken decode exp/finetune test.jsonl --out exp/beam --method prefix_beam --ngram chars.arpa --ngram-weight 0.6\n"
+    "  harken decode exp/finetune test.jsonl --out exp/beam --method prefix_beam --ngram lm.arpa --ngram-weight 0.6\n"
     "  harken decode exp/transducer test.jsonl --out exp/decode --method modified_beam --beam 4"
 )
 

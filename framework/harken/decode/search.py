@@ -66,7 +66,7 @@ class DecodeConfig:
         if self.method == "greedy" and (self.ngram is not None or self.insertion_bonus or self.word_bonus):
             raise HarkenError(
                 "`decode.ngram`, `decode.insertion_bonus` and `decode.word_bonus` have no effect with `decode.method` "
-                "greedy; set it to prefix_beam (a CTC model) or modified_beam (a transducer), or leave them out"
+                "greedy; set `decode.method=prefix_beam`, for a transducer modified_beam, or leave them out"
             )
         if self.method != "prefix_beam" and (self.token_top_k, self.token_min_log_prob) != (None, None):
             raise HarkenError(
@@ -106,7 +106,7 @@ def make_search(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequ
 
 
 def make_transducer_search(config: DecodeConfig, networks: Networks, symbols: Sequence[str] | None = None) -> Search:
-    """Return a transducer's search: (frames (B, T, J) projected for the joiner, lengths (B,)) -> B lists of token ids.
+    """Return a transducer's search: (frames (B, T, J) projected for the joiner, lengths (B,)) -> B lists of ids.
 
     symbols and errors are as for `make_search`.
     """
@@ -132,7 +132,7 @@ def make_transducer_search(config: DecodeConfig, networks: Networks, symbols: Se
 def _scorer(
     config: DecodeConfig, beam: Method, num_tokens: int, blank: int, symbols: Sequence[str] | None
 ) -> NGramScorer | None:
-    """Return the n-gram model that is asked for; beam: the beam search of this kind of model, the one besides greedy."""
+    """Return the n-gram model that is asked for; beam: the beam search of this kind of model."""
     if config.method not in ("greedy", beam):
         kind = "a CTC model" if beam == "prefix_beam" else "a transducer"
         raise HarkenError(f"`decode.method` must be greedy or {beam} for {kind}, got {config.method}")
@@ -158,8 +158,7 @@ def _bonus(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[
 def _checked(log_probs: Tensor, lengths: Tensor, width: int, kind: str = "log-probabilities") -> Tensor:
     if log_probs.dim() != 3 or log_probs.shape[2] != width or lengths.shape != log_probs.shape[:1]:
         raise HarkenError(
-            f"expected {kind} (B, T, {width}) and lengths (B,), got {tuple(log_probs.shape)} and "
-            f"{tuple(lengths.shape)}"
+            f"expected {kind} (B, T, {width}) and lengths (B,), got {tuple(log_probs.shape)} and {tuple(lengths.shape)}"
         )
     if lengths.numel() and int(lengths.max()) > log_probs.shape[1]:
         raise HarkenError(f"a length of {int(lengths.max())} frames is more than the {log_probs.shape[1]} there are")

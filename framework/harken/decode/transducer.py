@@ -160,7 +160,9 @@ class _Gains:
     def __init__(self, options: TransducerBeam, size: int, width: int, blank: int, device: torch.device) -> None:
         self._scorer = options.scorer if options.scorer_weight else None
         self._weight, self._blank, self._device = options.scorer_weight, blank, device
-        self._bonus = None if options.bonus is None else np.where(np.arange(len(options.bonus)) == blank, 0.0, options.bonus)
+        self._bonus = (
+            None if options.bonus is None else np.where(np.arange(len(options.bonus)) == blank, 0.0, options.bonus)
+        )
         self._shape = size, width
         self._states: list[State] = [self._scorer.start()] * (size * width) if self._scorer else []
 
@@ -174,7 +176,8 @@ class _Gains:
         gains[:, self._blank] = 0.0
         if self._bonus is not None:
             gains += self._bonus
-        return self._tensor(gains)[torch.tensor(index, device=self._device)].unflatten(0, self._shape)
+        each = self._tensor(gains)[torch.tensor(index, device=self._device)]
+        return each.view(*self._shape, -1)
 
     def advance(self, beams: _Beams) -> None:
         """Follow what the beams wrote last."""
@@ -193,7 +196,7 @@ class _Gains:
         if self._scorer is None:
             return torch.zeros(1, device=self._device)
         ends = [self._weight * self._scorer.end(state) for state in self._states]
-        return self._tensor(np.array(ends)).unflatten(0, self._shape)
+        return self._tensor(np.array(ends)).view(self._shape)
 
     def _tensor(self, values: Floats) -> Tensor:
         return torch.from_numpy(values).to(self._device, torch.float32)

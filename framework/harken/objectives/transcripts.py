@@ -30,7 +30,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class TranscriptConfig(SlotConfig):
-    """Fine-tuning on transcripts. The masks are wav2vec 2.0's form of SpecAugment (arXiv 2006.11477, 4.3, appendix B)."""
+    """Fine-tuning on transcripts. The masks are wav2vec 2.0's form of SpecAugment (arXiv 2006.11477, section 4.3)."""
 
     whole_cuts: ClassVar[bool] = True
 

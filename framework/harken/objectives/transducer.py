@@ -26,8 +26,10 @@ from harken.objectives.transcripts import Recogniser, TranscriptConfig, Transcri
 
 @dataclass(frozen=True, kw_only=True)
 class TransducerConfig(TranscriptConfig):
-    """A stateless transducer by the pruned loss (arXiv 2206.13236). Options named are those of icefall's recipes
-    `pruned_transducer_stateless*`, `zipformer` and `SSL/hubert`, which have these defaults."""
+    """A stateless transducer by the pruned loss (arXiv 2206.13236).
+
+    Options named are those of icefall's recipes `zipformer` and `SSL/hubert`, whose defaults these are.
+    """
 
     predictor_dim: int = 512
     """Width of the embeddings of tokens. icefall `decoder-dim`."""
@@ -36,7 +38,7 @@ class TransducerConfig(TranscriptConfig):
     joiner_dim: int = 512
     """Width in which frames and predictions are added. icefall `joiner-dim`."""
     prune_range: int = 5
-    """Token positions that the joiner scores at each frame; at least the tokens of an utterance and 1: the full lattice.
+    """Token positions that the joiner scores at each frame; one more than an utterance has tokens: its full lattice.
     icefall `prune-range`."""
     lm_scale: float = 0.25
     """Share of the simple loss in which the predictor is alone. icefall `lm-scale`."""
@@ -46,7 +48,7 @@ class TransducerConfig(TranscriptConfig):
     simple_weight: float = 0.5
     """Weight of the simple loss after the warm-up, in which it falls from 1. icefall `simple-loss-scale`."""
     loss_warmup_steps: int = 2000
-    """Steps in which the weight of the pruned loss rises from 0.1 to 1, and that of the simple loss falls: ranges are of
+    """Steps in which the weight of the pruned loss rises from 0.1 to 1 and that of the simple loss falls: ranges are of
     no use before the simple loss has learned. icefall `warm_step`."""
     ctc_weight: float = 0.0
     """Weight of a CTC loss on the encoder's output; 0 has none. icefall `ctc-loss-scale`, 0.2 with `use-ctc`."""

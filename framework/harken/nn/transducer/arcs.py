@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from harken.core.errors import HarkenError
 from harken.nn.transducer.lattice import INFINITY, Arcs, Sums
+
+_FRAMES_AT_ONCE = 32  # copies in float32 and exponentials are made for this many frames, not for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,8 @@ def additive_arcs(am: Tensor, lm: Tensor, labels: Labels, *, lm_scale: float = 0
     """Return the arcs of a joiner that only adds: the softmax of `am[t] + lm[s]`, without an array `(B, T, S, V)`.
 
     am: `(B, T, V)` and lm: `(B, S + 1, V)` unnormalised scores. With scales, log-probabilities are interpolated,
-    `(1 - lm_scale - am_scale) * both + lm_scale * lm alone + am_scale * am alone` (arXiv 2206.13236, section 2.4), where
-    `am alone` is joined with the mean of lm's probabilities over the whole batch, its padding included, as in k2: with
+    `(1 - lm_scale - am_scale) * both + lm_scale * lm alone + am_scale * am alone` (arXiv 2206.13236, 2.4), where
+    `am alone` is joined with the mean of lm's probabilities over the whole batch and its padding, as in k2: with
     `am_scale` an utterance's score depends on the others.
 
     Computed in float32, or float64 for such scores, whatever the autocast.
@@ -71,10 +74,10 @@ def additive_arcs(am: Tensor, lm: Tensor, labels: Labels, *, lm_scale: float = 0
 def prune_starts(sums: Sums, labels: Labels, width: int) -> Tensor:
     """Return `(B, T)` int64: the first of the `width` token positions that are kept at each frame.
 
-    The positions of a frame are those within which the paths of `sums` most probably spend the whole frame: they leave it
-    by a blank from there, and did not enter by a token from below. They never fall, begin with 0, reach the last token at
-    the last frame, and move by less than `width` from one frame to the next, so that paths go through. A `width` above
-    S + 1 keeps everything.
+    The positions of a frame are those within which the paths of `sums` most probably spend the whole frame: they leave
+    it by a blank from there, and did not enter by a token from below. They never fall, begin with 0, reach the last
+    token at the last frame, and move by less than `width` from one frame to the next, so that paths go through. A `width`
+    above S + 1 keeps everything.
 
     Raises HarkenError for a width below 2, which no path goes through. Source: arXiv 2206.13236, section 2.3, with the
     choice of positions as k2 1.24 makes it.
@@ -84,7 +87,7 @@ def prune_starts(sums: Sums, labels: Labels, width: int) -> Tensor:
         raise HarkenError(f"at least 2 token positions must be kept at each frame, got {width}")
     width = min(width, rows)
     leaves = sums.blank.unfold(1, width, 1).sum(-1)
-    enters = torch.nn.functional.pad(sums.emit, (0, 0, 1, 0))[:, : rows - width + 1]
+    enters = functional.pad(sums.emit, (0, 0, 1, 0))[:, : rows - width + 1]
     best = (leaves - enters).argmax(1)
     last = (labels.lengths - width + 1).clamp(min=0)[:, None]
     place = torch.arange(frames, device=best.device)
@@ -111,7 +114,7 @@ def joined_arcs(logits: Tensor, positions: Tensor, labels: Labels) -> Arcs:
     With R = S + 1 and positions 0..S at each frame it is the full lattice. The gradient is made in one array of the
     logits' size, and nothing else of that size is kept.
     """
-    ids = torch.nn.functional.pad(labels.tokens, (0, 1))
+    ids = functional.pad(labels.tokens, (0, 1))
     following = ids[:, None, :].expand(-1, logits.shape[1], -1).gather(2, positions)
     emit, blank = _JoinedArcs.apply(logits, following, labels.blank)  # type: ignore[no-untyped-call]
     shape = (*positions.shape[:2], ids.shape[1])
@@ -125,21 +128,25 @@ class _JoinedArcs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, following: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-        precise = _precise(logits)
-        normaliser = precise.logsumexp(3)
+        normaliser = torch.cat([_precise(part).logsumexp(3) for part in logits.split(_FRAMES_AT_ONCE, 1)], 1)
         ctx.save_for_backward(logits, following, normaliser)
         ctx.blank = blank
-        emit = precise.gather(3, following[..., None])[..., 0] - normaliser
-        return emit, precise[..., blank] - normaliser
+        emit = _precise(logits.gather(3, following[..., None])[..., 0]) - normaliser
+        return emit, _precise(logits[..., blank]) - normaliser
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, following, normaliser = ctx.saved_tensors
-        emit, blank = grads
-        gradient = (_precise(logits) - normaliser[..., None]).exp_().mul_(-(emit + blank)[..., None])
-        gradient.scatter_add_(3, following[..., None], emit[..., None])
-        gradient[..., ctx.blank] += blank
-        return gradient.to(logits.dtype), None, None
+        logits, *others = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        arrays = [gradient, logits, *others, *grads]
+        for target, scores, following, normaliser, emit, blank in zip(
+            *(array.split(_FRAMES_AT_ONCE, 1) for array in arrays), strict=True
+        ):
+            part = (_precise(scores) - normaliser[..., None]).exp_().mul_(-(emit + blank)[..., None])
+            part.scatter_add_(3, following[..., None], emit[..., None])
+            part[..., ctx.blank] += blank
+            target.copy_(part)
+        return gradient, None, None
 
 
 def _precise(x: Tensor) -> Tensor:

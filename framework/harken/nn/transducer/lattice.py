@@ -52,7 +52,7 @@ class Arcs:
 class Sums:
     """What a lattice sums up to.
 
-    scores: `(B,)` natural-log probability of each utterance's tokens, -inf where no path exists; it carries the gradient.
+    scores: `(B,)` natural-log probability of each utterance's tokens, -inf where no path exists; carries the gradient.
     emit `(B, S, T)`, blank `(B, S + 1, T)`: occupation, the share of that probability whose paths take an arc, which is
         the derivative of the score by its log-probability. Without gradient; 0 where no path exists.
     """
@@ -66,8 +66,8 @@ def sum_paths(arcs: Arcs) -> Sums:
     """Sum over all paths of each utterance, in float64 whatever the arcs are in.
 
     Float64 costs little here, as the lattice has no axis of classes. In float32 a score near -3000 (500 frames of an
-    untrained model) is known to 2e-4, and so would be every gradient. The backward pass is part of the forward pass, and
-    what is kept for the gradient are the occupations: two numbers for each node.
+    untrained model) is known to 2e-4, and so would be every gradient. The backward pass is part of the forward pass; what
+    is kept for the gradient are the occupations: two numbers for each node.
     """
     scores, emit, blank = _SumPaths.apply(arcs.emit, arcs.blank, arcs.tokens, arcs.frames)  # type: ignore[no-untyped-call]
     return Sums(scores=scores, emit=emit, blank=blank)
@@ -75,9 +75,7 @@ def sum_paths(arcs: Arcs) -> Sums:
 
 class _SumPaths(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, emit: Tensor, blank: Tensor, tokens: Tensor, frames: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, emit: Tensor, blank: Tensor, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         steps = int(emit.shape[1] + emit.shape[2])
         # behind an utterance's last frame nothing may be written: it would be scored by frames of padding
         behind = torch.arange(emit.shape[2], device=emit.device)[None, :] >= frames[:, None]

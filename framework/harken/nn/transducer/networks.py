@@ -1,7 +1,7 @@
-"""The networks of a transducer beside its encoder: a predictor of what follows the last tokens, and the joiner.
+"""The networks of a transducer beside its encoder: a predictor of what follows, and the joiner.
 
-Source: the stateless predictor of Ghodsi et al. 2020, "RNN-transducer with stateless prediction network", with icefall's
-convolution over the embeddings; sizes and initial scales are those of icefall's pruned transducers.
+Source: the stateless predictor of Ghodsi et al. 2020, "RNN-transducer with stateless prediction network", with the
+convolution over the embeddings and the initial scales of icefall's pruned transducers.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ class Predictor(nn.Module):
     def _mix(self, embedded: Tensor) -> Tensor:
         if self.convolution is None:
             return embedded
-        mixed = convolve_over_time(
-            embedded, self.convolution.weight, None, padding=0, groups=self.convolution.groups
-        )
+        mixed = convolve_over_time(embedded, self.convolution.weight, None, padding=0, groups=self.convolution.groups)
         return functional.relu(mixed)
 
 
@@ -91,4 +89,4 @@ class Joiner(nn.Module):
         size, rows, dim = predictions.shape
         first = rows * torch.arange(size, device=positions.device)[:, None, None]
         chosen = functional.embedding(positions + first, predictions.reshape(size * rows, dim))
-        return self(frames[:, :, None], chosen)
+        return self.forward(frames[:, :, None], chosen)
