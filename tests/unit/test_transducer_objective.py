@@ -23,7 +23,7 @@ from harken.nn.transducer.lattice import sum_paths
 from harken.objectives.saved import build_objective, build_prepare
 from harken.objectives.transcripts import ctc_loss
 
-STEPS, PLACES = 150, 4
+STEPS, PLACES = 150, 6
 
 
 @pytest.fixture
@@ -125,8 +125,10 @@ def test_settings_that_make_no_transducer_are_refused(corpus, override: str, mes
 
 def test_a_tiny_transducer_learns_and_decodes(corpus, tmp_path: Path) -> None:
     """The training loss falls by more than half, and both searches hear something of the training set."""
-    overrides = ("objective.loss_warmup_steps=20", "encoder.dropout=0", "encoder.attention_dropout=0")
-    config = corpus.config("transducer", "filterbank", "encoder.layer_drop=0", "encoder.input_dropout=0", *overrides)
+    # a predictor of one token cannot learn six texts by heart, and CTC keeps the encoder from standing still
+    own = ("context=1", "ctc_weight=1.0", "prune_range=2", "loss_warmup_steps=100")
+    dropouts = ("encoder.dropout=0", "encoder.attention_dropout=0", "encoder.input_dropout=0", "encoder.layer_drop=0")
+    config = corpus.config("transducer", "filterbank", *dropouts, *(f"objective.{setting}" for setting in own))
     torch.manual_seed(3)
     model = build_objective(config).train()
     prepare = build_prepare(config, model.backbone.spec, train=False)
@@ -134,7 +136,7 @@ def test_a_tiny_transducer_learns_and_decodes(corpus, tmp_path: Path) -> None:
     cuts = [manifest[place] for place in range(PLACES)]
     rows = [Row(cut.id, cut.supervisions[0].text, read_cut(cut, 16000), 0) for cut in cuts]
     batch = prepared(prepare, collate(rows))
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
     for step in range(STEPS):
         loss = model(batch)

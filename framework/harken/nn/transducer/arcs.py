@@ -76,8 +76,8 @@ def prune_starts(sums: Sums, labels: Labels, width: int) -> Tensor:
 
     The positions of a frame are those within which the paths of `sums` most probably spend the whole frame: they leave
     it by a blank from there, and did not enter by a token from below. They never fall, begin with 0, reach the last
-    token at the last frame, and move by less than `width` from one frame to the next, so that paths go through. A `width`
-    above S + 1 keeps everything.
+    token at the last frame, and move by less than `width` from one frame to the next, so that paths go through. A
+    `width` above S + 1 keeps everything.
 
     Raises HarkenError for a width below 2, which no path goes through. Source: arXiv 2206.13236, section 2.3, with the
     choice of positions as k2 1.24 makes it.

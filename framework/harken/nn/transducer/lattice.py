@@ -66,10 +66,11 @@ def sum_paths(arcs: Arcs) -> Sums:
     """Sum over all paths of each utterance, in float64 whatever the arcs are in.
 
     Float64 costs little here, as the lattice has no axis of classes. In float32 a score near -3000 (500 frames of an
-    untrained model) is known to 2e-4, and so would be every gradient. The backward pass is part of the forward pass; what
-    is kept for the gradient are the occupations: two numbers for each node.
+    untrained model) is known to 2e-4, and so would be every gradient. The backward pass is part of the forward pass:
+    what is kept for the gradient are the occupations, two numbers for each node.
     """
-    scores, emit, blank = _SumPaths.apply(arcs.emit, arcs.blank, arcs.tokens, arcs.frames)  # type: ignore[no-untyped-call]
+    arrays = arcs.emit, arcs.blank, arcs.tokens, arcs.frames
+    scores, emit, blank = _SumPaths.apply(*arrays)  # type: ignore[no-untyped-call]
     return Sums(scores=scores, emit=emit, blank=blank)
 
 
