@@ -55,6 +55,14 @@ class Corpus:
                 "freeze_frontend": False,
                 "dropout": 0.1,
             },
+            "transducer": {
+                "name": "transducer",
+                "tokenizer": str(self.tokens),
+                "predictor_dim": 16,
+                "joiner_dim": 32,
+                "mask_length": 4,
+                "freeze_frontend": False,
+            },
         }
         return {
             "seed": 7,

@@ -93,6 +93,13 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "band_masks": 1,
         },
         "hubert": {"classes": "CLASSES", "code_dim": 16, "mask_length": 4, "unmasked_weight": 0.5},
+        "transducer": {
+            "tokenizer": "TOKENS",
+            "mask_length": 4,
+            "band_masks": 1,
+            "predictor_dim": 16,
+            "joiner_dim": 16,
+        },
     },
     "optimizer": {"adamw": {}, "scaled_adam": {}},
     "schedule": {
@@ -118,6 +125,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
     ("objective", "hubert"): [{}, {"head": "linear"}],
+    ("objective", "transducer"): [{}, {"ctc_weight": 0.2, "prune_range": 2, "context": 1}],
 }
 
 

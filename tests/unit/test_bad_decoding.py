@@ -77,7 +77,8 @@ def test_a_damaged_model_is_named(models, corpus, tmp_path: Path, capsys, name, 
 def test_models_of_another_objective_and_damaged_rankings_are_named(models, corpus, tmp_path: Path, refused) -> None:
     rest = (corpus.valid, "--out", tmp_path / "out")
     assert refused("decode", models / "hubert", *rest) == (
-        f"harken decode: {models}/hubert has objective `hubert`; decoding needs a model fine-tuned with `ctc`"
+        f"harken decode: {models}/hubert has objective `hubert`; decoding needs a model fine-tuned with `ctc` or "
+        "`transducer`"
     )
     (tmp_path / "exp/checkpoints").mkdir(parents=True)
     for text in ("{", '[{"x": 1}]', "3"):

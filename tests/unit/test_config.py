@@ -263,6 +263,7 @@ def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, pa
         "hubert": ["objective.classes=[7]"],
         "constant": ["schedule.rate=1e-3"],
         "ctc": ["objective.tokenizer=t"],
+        "transducer": ["objective.tokenizer=t"],
     }
     peak = ["schedule.peak=1e-3", "schedule.warmup_steps=5"]
     base = [f"{slot}.name={part}", *required.get(part, [])] if part else []

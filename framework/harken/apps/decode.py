@@ -1,4 +1,4 @@
-"""`harken decode`: audio to text with a CTC model."""
+"""`harken decode`: audio to text with a CTC model or a transducer."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from harken.decode.search import Search
+    from harken.decode.search import DecodeConfig, Search
     from harken.evaluate.hypotheses import Utterance
-    from harken.objectives.ctc import Ctc
+    from harken.objectives.base import Objective
+    from harken.objectives.transcripts import Recogniser
 
-HELP = "Decode manifests with a CTC model, in batches by duration, into hypothesis files for `harken score`."
+HELP = "Decode manifests with a CTC model or a transducer, in batches, into files for `harken score`."
 EXAMPLE = (
     "harken decode exp/finetune test.jsonl --out exp/decode\n"
-    "  harken decode exp/finetune test.jsonl --out exp/beam --method prefix_beam --ngram chars.arpa --ngram-weight 0.6"
+    "  harken decode exp/finetune test.jsonl --out exp/beam --method prefix_beam --ngram lm.arpa --ngram-weight 0.6\n"
+    "  harken decode exp/transducer test.jsonl --out exp/decode --method modified_beam --beam 4"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
-        "model", metavar="MODEL", help="experiment, checkpoint or averaged model with a `ctc` objective"
+        "model", metavar="MODEL", help="experiment, checkpoint or averaged model, `ctc` or `transducer`"
     )
     parser.add_argument(
         "manifest",
@@ -35,13 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the hypothesis files")
     parser.add_argument(
-        "--method", choices=("greedy", "prefix_beam"), default="greedy", help="search (default: greedy, the best path)"
+        "--method",
+        choices=("greedy", "prefix_beam", "modified_beam"),
+        default="greedy",
+        help="search (default: greedy); prefix_beam is for `ctc`, modified_beam for `transducer`",
     )
-    parser.add_argument("--beam", type=int, default=16, metavar="N", help="prefixes kept (default: 16)")
+    parser.add_argument("--beam", type=int, default=16, metavar="N", help="hypotheses kept (default: 16)")
     parser.add_argument(
         "--ngram",
         metavar="ARPA",
-        help="model over the tokens, for prefix_beam; `harken ngram` makes one (default: none)",
+        help="model over the tokens, for both beams; `harken ngram` makes one (default: none)",
     )
     parser.add_argument(
         "--ngram-weight",
@@ -66,32 +71,30 @@ def run(args: argparse.Namespace) -> int:
     """
     from harken.core.distributed import device
     from harken.core.errors import HarkenError
-    from harken.data.tokens import BLANK, load_tokenizer
-    from harken.decode.search import DecodeConfig, make_search
+    from harken.decode.search import DecodeConfig
     from harken.evaluate.hypotheses import write_hypotheses
-    from harken.objectives.ctc import Ctc, CtcConfig
     from harken.objectives.saved import load_objective
+    from harken.objectives.transcripts import Recogniser
 
     outputs = output_files(args.manifest, args.out)
     if args.workers < 0:
         raise HarkenError(f"`--workers` must be 0 (read in this process) or more, got {args.workers}")
     model, config = load_objective(args.model)
-    if not isinstance(model, Ctc) or not isinstance(config.objective, CtcConfig):
+    if not isinstance(model, Recogniser):
         raise HarkenError(
-            f"{args.model} has objective `{config.objective.name}`; decoding needs a model fine-tuned with `ctc`"
+            f"{args.model} has objective `{config.objective.name}`; decoding needs a model fine-tuned with `ctc` or "
+            "`transducer`"
         )
     model.to(device())
-    tokenizer = load_tokenizer(config.objective.tokenizer)
-    beam = args.method == "prefix_beam"
     options = DecodeConfig(
         method=args.method,
         beam=args.beam,
         ngram=args.ngram,
-        ngram_weight=args.ngram_weight if beam else 0.5,
+        ngram_weight=args.ngram_weight if args.method != "greedy" else 0.5,
         insertion_bonus=args.insertion_bonus,
-        token_min_log_prob=-8.0 if beam else None,
+        token_min_log_prob=-8.0 if args.method == "prefix_beam" else None,
     )
-    search = make_search(options, tokenizer.size, BLANK, tokenizer.symbols())
+    search = search_of(model, options)
     for manifest, out in outputs.items():
         started = time.perf_counter()
         utterances = decode_manifest(model, manifest, search, args.max_seconds, args.workers)
@@ -102,6 +105,27 @@ def run(args: argparse.Namespace) -> int:
             f"{seconds / spent:.0f} x real time"
         )
     return 0
+
+
+def search_of(model: Objective, options: DecodeConfig) -> Search:
+    """Return the search of a recogniser, which reads its `search_input`.
+
+    Raises HarkenError for a search of another kind of model, and as `make_search` does.
+    """
+    from harken.core.errors import HarkenError
+    from harken.data.tokens import BLANK, load_tokenizer
+    from harken.decode.search import make_search, make_transducer_search
+    from harken.decode.transducer import Networks
+    from harken.objectives.ctc import Ctc
+    from harken.objectives.transducer import Transducer
+
+    if isinstance(model, Transducer):
+        networks = Networks(model.predictor, model.joiner)
+        return make_transducer_search(options, networks, load_tokenizer(model.config.tokenizer).symbols())
+    if isinstance(model, Ctc):
+        symbols = load_tokenizer(model.config.tokenizer).symbols()
+        return make_search(options, len(symbols), BLANK, symbols)
+    raise HarkenError(f"no search is known for the model {type(model).__name__}: it must be a Ctc or a Transducer")
 
 
 def output_files(manifests: Sequence[Path], folder: Path) -> dict[Path, Path]:
@@ -129,7 +153,9 @@ def output_files(manifests: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return outputs
 
 
-def decode_manifest(model: Ctc, manifest: Path, search: Search, max_seconds: float, workers: int) -> list[Utterance]:
+def decode_manifest(
+    model: Recogniser, manifest: Path, search: Search, max_seconds: float, workers: int
+) -> list[Utterance]:
     """Return the utterances of a manifest with hypotheses, in the manifest's order."""
     import torch
 
@@ -149,8 +175,8 @@ def decode_manifest(model: Ctc, manifest: Path, search: Search, max_seconds: flo
         for batch, _ in EvalLoader(str(manifest), data, max_seconds, as_it_is):
             for note in batch.notes:
                 print(f"NOTE {note.kind}: {note.reason}")
-            log_probs, lengths = model.log_probs(batch.to(device()))
-            for cut, tokens in zip(batch.ids, search(log_probs.cpu(), lengths), strict=True):
+            found = search(*model.search_input(batch.to(device())))
+            for cut, tokens in zip(batch.ids, found, strict=True):
                 texts[cut] = " ".join(tokenizer.decode(tokens).split())
     rows = []
     for cut in opened:

@@ -1,4 +1,4 @@
-"""Choosing and building a CTC search from its config."""
+"""Choosing and building a search from its config, for CTC models and for transducers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from harken.decode.arpa import load_arpa
 from harken.decode.greedy import greedy_search
 from harken.decode.ngram import SPACE, NGramScorer
 from harken.decode.prefix_beam import BeamOptions, Floats, prefix_beam_search
+from harken.decode.transducer import Networks, TransducerBeam, greedy_transducer_search, modified_beam_search
 
-Method = Literal["greedy", "prefix_beam"]
+Method = Literal["greedy", "prefix_beam", "modified_beam"]
 METHODS: tuple[Method, ...] = get_args(Method)
 WORD_BEGINNINGS = (" ", "<space>", SPACE)
 
@@ -26,12 +27,12 @@ Search = Callable[[Tensor, Tensor], list[list[int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How token ids are found in CTC log-probabilities. Weights and bonuses are in natural-log units."""
+    """How token ids are found. Weights and bonuses are in natural-log units."""
 
     method: Method = "greedy"
-    """`greedy` (best path) or `prefix_beam`. Everything below is for `prefix_beam`."""
+    """`greedy`; with beams `prefix_beam` for CTC models and `modified_beam` for transducers, for which all below is."""
     beam: int = 16
-    """Prefixes kept after each frame."""
+    """Prefixes or hypotheses kept after each frame."""
     ngram: str | None = None
     """ARPA file (plain or .gz) of an n-gram model over the same tokens; a space is written `▁` in it."""
     ngram_weight: float = 0.5
@@ -41,9 +42,9 @@ class DecodeConfig:
     word_bonus: float = 0.0
     """Added for each space, `|` and piece that begins with `▁`, that is for each word (beta of Hannun et al. 2014)."""
     token_top_k: int | None = None
-    """In a frame, prefixes grow only by this many most probable tokens; None: by all."""
+    """In a frame, prefixes grow only by this many most probable tokens; None: by all. For `prefix_beam` alone."""
     token_min_log_prob: float | None = None
-    """In a frame, prefixes grow only by tokens at least this probable, for example -8; None: by all."""
+    """In a frame, prefixes grow only by tokens at least this probable, for example -8; None: by all. As above."""
 
     def __post_init__(self) -> None:
         """Refuse values that make no search: raises HarkenError that names the key."""
@@ -65,12 +66,17 @@ class DecodeConfig:
         if self.method == "greedy" and (self.ngram is not None or self.insertion_bonus or self.word_bonus):
             raise HarkenError(
                 "`decode.ngram`, `decode.insertion_bonus` and `decode.word_bonus` have no effect with `decode.method` "
-                "greedy; set `decode.method=prefix_beam` or leave them out"
+                "greedy; set `decode.method=prefix_beam`, for a transducer modified_beam, or leave them out"
+            )
+        if self.method != "prefix_beam" and (self.token_top_k, self.token_min_log_prob) != (None, None):
+            raise HarkenError(
+                "`decode.token_top_k` and `decode.token_min_log_prob` have an effect with `decode.method` prefix_beam "
+                f"alone, got {self.method}; leave them out"
             )
 
 
 def make_search(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[str] | None = None) -> Search:
-    """Return the search: (log_probs (B, T, V) natural-log, lengths (B,) in frames) -> B lists of token ids.
+    """Return a CTC model's search: (log_probs (B, T, V) natural-log, lengths (B,) in frames) -> B lists of token ids.
 
     num_tokens is V, the blank included. symbols are the V names of the tokens by id (that of the blank is not used); an
     n-gram model and a bonus for words need them.
@@ -78,20 +84,13 @@ def make_search(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequ
     Raises HarkenError when the arguments do not fit each other, or the n-gram model cannot be read or is of other
     tokens. The search itself raises it for log-probabilities of another shape or with NaN in them.
     """
-    if not 0 <= blank < num_tokens:
-        raise HarkenError(f"the blank must be one of the {num_tokens} tokens (0 to {num_tokens - 1}), got {blank}")
-    if symbols is not None and len(symbols) != num_tokens:
-        raise HarkenError(f"expected a name for each of the {num_tokens} tokens, got {len(symbols)} names")
-    if symbols is None and (config.ngram is not None or config.word_bonus):
-        raise HarkenError(
-            "`decode.ngram` and `decode.word_bonus` need the names of the tokens, and this model has none"
-        )
+    scorer = _scorer(config, "prefix_beam", num_tokens, blank, symbols)
     if config.method == "greedy":
         return lambda log_probs, lengths: greedy_search(_checked(log_probs, lengths, num_tokens), lengths, blank=blank)
     options = BeamOptions(
         blank=blank,
         beam=config.beam,
-        scorer=None if config.ngram is None else NGramScorer(load_arpa(config.ngram), symbols or (), blank=blank),
+        scorer=scorer,
         scorer_weight=config.ngram_weight,
         bonus=_bonus(config, num_tokens, blank, symbols or ()),
         token_top_k=config.token_top_k,
@@ -106,6 +105,48 @@ def make_search(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequ
     return search
 
 
+def make_transducer_search(config: DecodeConfig, networks: Networks, symbols: Sequence[str] | None = None) -> Search:
+    """Return a transducer's search: (frames (B, T, J) projected for the joiner, lengths (B,)) -> B lists of ids.
+
+    symbols and errors are as for `make_search`.
+    """
+    num_tokens, blank = networks.joiner.output.out_features, networks.predictor.blank
+    width = networks.joiner.output.in_features
+    scorer = _scorer(config, "modified_beam", num_tokens, blank, symbols)
+    options = TransducerBeam(
+        beam=config.beam,
+        scorer=scorer,
+        scorer_weight=config.ngram_weight,
+        bonus=_bonus(config, num_tokens, blank, symbols or ()),
+    )
+
+    def search(frames: Tensor, lengths: Tensor) -> list[list[int]]:
+        frames = _checked(frames, lengths, width, "frames")
+        if config.method == "greedy":
+            return greedy_transducer_search(frames, lengths, networks)
+        return modified_beam_search(frames, lengths, networks, options)
+
+    return search
+
+
+def _scorer(
+    config: DecodeConfig, beam: Method, num_tokens: int, blank: int, symbols: Sequence[str] | None
+) -> NGramScorer | None:
+    """Return the n-gram model that is asked for; beam: the beam search of this kind of model."""
+    if config.method not in ("greedy", beam):
+        kind = "a CTC model" if beam == "prefix_beam" else "a transducer"
+        raise HarkenError(f"`decode.method` must be greedy or {beam} for {kind}, got {config.method}")
+    if not 0 <= blank < num_tokens:
+        raise HarkenError(f"the blank must be one of the {num_tokens} tokens (0 to {num_tokens - 1}), got {blank}")
+    if symbols is not None and len(symbols) != num_tokens:
+        raise HarkenError(f"expected a name for each of the {num_tokens} tokens, got {len(symbols)} names")
+    if symbols is None and (config.ngram is not None or config.word_bonus):
+        raise HarkenError(
+            "`decode.ngram` and `decode.word_bonus` need the names of the tokens, and this model has none"
+        )
+    return None if config.ngram is None else NGramScorer(load_arpa(config.ngram), symbols or (), blank=blank)
+
+
 def _bonus(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[str]) -> Floats:
     bonus = np.full(num_tokens, config.insertion_bonus)
     for number, symbol in enumerate(symbols):
@@ -114,11 +155,10 @@ def _bonus(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[
     return bonus
 
 
-def _checked(log_probs: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
-    if log_probs.dim() != 3 or log_probs.shape[2] != num_tokens or lengths.shape != log_probs.shape[:1]:
+def _checked(log_probs: Tensor, lengths: Tensor, width: int, kind: str = "log-probabilities") -> Tensor:
+    if log_probs.dim() != 3 or log_probs.shape[2] != width or lengths.shape != log_probs.shape[:1]:
         raise HarkenError(
-            f"expected log-probabilities (B, T, {num_tokens}) and lengths (B,), got {tuple(log_probs.shape)} and "
-            f"{tuple(lengths.shape)}"
+            f"expected {kind} (B, T, {width}) and lengths (B,), got {tuple(log_probs.shape)} and {tuple(lengths.shape)}"
         )
     if lengths.numel() and int(lengths.max()) > log_probs.shape[1]:
         raise HarkenError(f"a length of {int(lengths.max())} frames is more than the {log_probs.shape[1]} there are")
@@ -126,7 +166,7 @@ def _checked(log_probs: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
     broken = (log_probs.isnan().any(dim=2) & inside).any(dim=1)
     if bool(broken.any()):
         raise HarkenError(
-            f"{int(broken.sum())} of the {len(broken)} utterances of a batch have NaN log-probabilities (the first is "
+            f"{int(broken.sum())} of the {len(broken)} utterances of a batch have NaN {kind} (the first is "
             f"at {int(broken.nonzero()[0])}); the checkpoint or its precision is at fault, not the search"
         )
     return log_probs

@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import ClassVar, cast
+from dataclasses import dataclass
+from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harken.config.registry import SlotConfig, register
+from harken.config.registry import register
 from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
-from harken.core.batch import Batch, Note
-from harken.core.draws import Draws
+from harken.core.batch import Batch
 from harken.core.errors import HarkenError
-from harken.core.files import sha256_file
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
-from harken.data.check import Cuts, Doubt
-from harken.data.masking import SpanMask
-from harken.data.tokens import BLANK, Tokenizer, load_tokenizer
-from harken.data.transcripts import check_transcripts
+from harken.data.tokens import BLANK, load_tokenizer
 from harken.encoders.backbone import Backbone
-from harken.encoders.base import Encoded
 from harken.nn.dropout import Dropout
-from harken.objectives.base import Objective
-
-Mask = NDArray[np.bool_]
+from harken.objectives.transcripts import Recogniser, TranscriptConfig, TranscriptPrepare, ctc_loss, frames_needed
 
 
 @dataclass(frozen=True, kw_only=True)
-class CtcConfig(SlotConfig):
+class CtcConfig(TranscriptConfig):
     """Fine-tuning by CTC. The masks are wav2vec 2.0's form of SpecAugment (arXiv 2006.11477, 4.3 and appendix B)."""
 
-    whole_cuts: ClassVar[bool] = True
-
-    tokenizer: str
-    """List of characters, or a sentencepiece `.model`."""
-    mask_probability: float = 0.5
-    """Time masks; fairseq `mask_prob`: 0.65 to 0.75 for 10 minutes to 1 hour, 0.5 for 100 hours and more."""
-    mask_length: int = 10
-    """In frames. fairseq `mask_length`."""
-    mask_channel_probability: float = 0.0
-    """Share of the encoder's input channels set to zero in spans; fairseq `mask_channel_prob`: 0.25 to 0.75."""
-    mask_channel_length: int = 64
-    """fairseq `mask_channel_length`."""
-    mask_from_epoch: int = 0
-    """Epoch, from 0, in which time, channel and band masks begin: CTC leaves its first plateau, where all is blank,
-    much sooner without them (docs/LOG.md)."""
-    band_masks: int = 0
-    """Frequency masks of SpecAugment (arXiv 1904.08779) for frontends with bands; 2 in its LibriSpeech policies."""
-    band_mask_width: int = 27
-    """Largest width of a frequency mask in bands (F of SpecAugment)."""
     dropout: float = 0.0
     """Before the linear head; fairseq `final_dropout`."""
     head_upsampling: int = 1
@@ -66,135 +35,20 @@ class CtcConfig(SlotConfig):
     makes the lower half useful early and regularises."""
     intermediate_weight: float = 0.3
     """Weight of their mean loss, and 1 minus it of the last layer's; lambda of arXiv 2102.03216, 0.3 there."""
-    freeze_steps: int = 0
-    """Steps in which only the head is trained; fairseq `freeze_finetune_updates`: 10000 for 1 h, 0 for 100 h."""
-    freeze_frontend: bool = True
-    """fairseq `feature_grad_mult: 0.0` in fine-tuning."""
-    layer_decay: float = 1.0
-    """Each block below the last has its learning rate multiplied by this once more."""
-    head_rate: float = 1.0
-    """Factor on the head's learning rate."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "objective",
-            positive=("mask_length", "mask_channel_length", "head_upsampling"),
-            not_negative=("band_masks", "band_mask_width", "freeze_steps", "layer_decay", "head_rate"),
-            shares=("mask_probability", "mask_channel_probability", "dropout"),
-        )
-
-
-@dataclass
-class CtcPrepare:
-    """Encodes transcripts and draws the augmentation masks."""
-
-    spec: FrameSpec
-    config: CtcConfig
-    dim: int
-    bands: int | None
-    train: bool
-
-    def __post_init__(self) -> None:
-        self._tokenizer: Tokenizer | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_tokenizer": None}
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, opened at first use in each process."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.config.tokenizer)
-        return self._tokenizer
-
-    def check(self, cuts: Cuts) -> Iterator[Doubt]:
-        """Yield what is wrong with the transcripts of cuts."""
-
-        def room(samples: int) -> int:
-            return self.spec.num_frames(samples) * self.config.head_upsampling
-
-        return check_transcripts(cuts, self.tokenizer, room, frames_needed)
-
-    def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
-        """Add `tokens` `(B, U)`, `token_lengths` and `weight` `(B,)`, and in training the masks.
-
-        A transcript that needs more frames than there are gets weight 0 and a note.
-        """
-        sequences = [self.tokenizer.encode(text) for text in batch.texts]
-        frames = self.spec.num_frames(batch.lengths).tolist()
-        places = [count * self.config.head_upsampling for count in frames]
-        fits = [
-            len(tokens) > 0 and frames_needed(tokens) <= have for tokens, have in zip(sequences, places, strict=True)
-        ]
-        notes = [
-            Note(
-                "left out",
-                cut,
-                f"the transcript of cut `{cut}` has {len(tokens)} tokens and needs {frames_needed(tokens)} frames, "
-                f"the model gives {have}",
-            )
-            for cut, tokens, have, fit in zip(batch.ids, sequences, places, fits, strict=True)
-            if not fit
-        ]
-        tokens = torch.zeros(len(sequences), max(1, *map(len, sequences)), dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-        targets = {
-            "tokens": tokens,
-            "token_lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64),
-            "weight": torch.tensor(fits, dtype=torch.float32),
-        }
-        if self.train:
-            targets.update(self._masks(batch, frames, draws))
-        count = float(sum(len(sequence) for sequence, fit in zip(sequences, fits, strict=True) if fit))
-        return replace(batch, targets={**batch.targets, **targets}, num_targets=count, notes=(*batch.notes, *notes))
-
-    def _masks(self, batch: Batch, frames: list[int], draws: Sequence[Draws]) -> dict[str, Tensor]:
-        """Draw each row's masks; a row of an epoch before `mask_from_epoch` stays whole."""
-        own, size = self.config, int(self.spec.num_frames(batch.inputs.shape[1]))
-        masked = [own.mask_from_epoch <= drawn.epoch for drawn in draws]
-        if not any(masked):
-            return {}
-
-        def of_rows(width: int, purpose: str, draw: Callable[[int, np.random.Generator], Mask]) -> Tensor:
-            mask = torch.zeros(len(batch.ids), width, dtype=torch.bool)
-            for row in np.flatnonzero(masked).tolist():
-                drawn = draw(row, draws[row].generator(purpose, batch.ids[row]))
-                mask[row, : len(drawn)] = torch.from_numpy(drawn)
-            return mask
-
-        masks: dict[str, Tensor] = {}
-        if own.mask_probability:
-            spans = SpanMask(probability=own.mask_probability, length=own.mask_length)
-            masks["mask"] = of_rows(size, "mask", lambda row, rng: spans.draw(frames[row], rng))
-        if own.mask_channel_probability:
-            few = SpanMask(probability=own.mask_channel_probability, length=own.mask_channel_length, at_least=0)
-            masks["channel_mask"] = of_rows(self.dim, "channel mask", lambda _, rng: few.draw(self.dim, rng))
-        if own.band_masks and self.bands:
-            masks["band_mask"] = of_rows(self.bands, "band mask", lambda _, rng: self._band_mask(rng))
-        return masks
-
-    def _band_mask(self, rng: np.random.Generator) -> Mask:
-        mask = np.zeros(self.bands or 0, dtype=np.bool_)
-        for _ in range(self.config.band_masks):
-            width = int(rng.integers(0, self.config.band_mask_width + 1))
-            start = int(rng.integers(0, max(1, len(mask) - width)))
-            mask[start : start + width] = True
-        return mask
-
-
-def frames_needed(tokens: Sequence[int]) -> int:
-    """Return the fewest frames a CTC path needs: one a token, and a blank between two equal neighbours."""
-    return len(tokens) + sum(a == b for a, b in pairwise(tokens))
+        super().__post_init__()
+        check_numbers(self, "objective", positive=("head_upsampling",), shares=("dropout",))
 
 
 @register("objective", CtcConfig)
-class Ctc(Objective):
+class Ctc(Recogniser):
     """A linear head over the encoder's last layer, trained by CTC.
 
     Source: Graves et al. 2006. The loss is summed over utterances; its targets are tokens.
     """
+
+    config: CtcConfig
 
     def __init__(self, config: CtcConfig, run: RunConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -211,29 +65,24 @@ class Ctc(Objective):
         self.intermediate_norms = nn.ModuleList(nn.LayerNorm(backbone.dim) for _ in config.intermediate_layers)
 
     @staticmethod
-    def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> CtcPrepare:
-        """Return the transcript encoder; masks are drawn in training only."""
-        dim = getattr(config.encoder, "embed_dim", getattr(config.encoder, "dim", 0))
-        bands = getattr(config.frontend, "bands", None)
-        return CtcPrepare(spec, cast(CtcConfig, config.objective), dim, bands, train)
+    def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> TranscriptPrepare:
+        """Return the transcript encoder, which leaves out what has too few outputs for a CTC path."""
+        prepare = Recogniser.preparer(config, spec, train=train)
+        prepare.places = cast(CtcConfig, config.objective).head_upsampling
+        prepare.needed = frames_needed
+        return prepare
 
-    @staticmethod
-    def fingerprint(config: RunConfig) -> dict[str, str]:
-        """Return the hash of the tokenizer's file."""
-        own = cast(CtcConfig, config.objective)
-        return {"objective.tokenizer": f"sha256 {sha256_file(own.tokenizer)[:16]}"}
+    def search_input(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what `log_probs` returns."""
+        return self.log_probs(batch)
 
     def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return log probabilities `(B, T * head_upsampling, V)` in float32 and their lengths `(B,)`.
 
         The batch's masks are applied.
         """
-        encoded = self._encode(batch, ())
+        encoded = self.encode(batch)
         return self._classify(encoded.last), encoded.lengths * self.config.head_upsampling
-
-    def _encode(self, batch: Batch, layers: tuple[int, ...]) -> Encoded:
-        _, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, batch.targets)
-        return self.backbone.encoder.encode(x, lengths, layers)
 
     def _classify(self, x: Tensor) -> Tensor:
         logits = self.head(self.dropout(x)).float()
@@ -246,10 +95,10 @@ class Ctc(Objective):
         With intermediate layers the metric `loss` is still that of the last layer.
         """
         own = self.config
-        encoded = self._encode(batch, own.intermediate_layers)
+        encoded = self.encode(batch, own.intermediate_layers)
         lengths = encoded.lengths * own.head_upsampling
         log_probs = self._classify(encoded.last)
-        main = _ctc_loss(log_probs, lengths, batch)
+        main = ctc_loss(log_probs, lengths, batch)
         total = main
         count = main.new_tensor(batch.num_targets)
         real = torch.arange(log_probs.shape[1], device=main.device)[None, :] < lengths.to(main.device)[:, None]
@@ -263,7 +112,7 @@ class Ctc(Objective):
                 norm(encoded.hidden[layer])
                 for norm, layer in zip(self.intermediate_norms, own.intermediate_layers, strict=True)
             ]
-            inner = torch.stack([_ctc_loss(self._classify(x), lengths, batch) for x in hidden]).mean()
+            inner = torch.stack([ctc_loss(self._classify(x), lengths, batch) for x in hidden]).mean()
             total = (1 - own.intermediate_weight) * main + own.intermediate_weight * inner
             metrics["loss_intermediate"] = (inner.detach(), count)
         return Loss(total=encoded.penalised(total), metrics=metrics)
@@ -271,28 +120,3 @@ class Ctc(Objective):
     def head_flops(self, frames: int) -> float:
         """Count the linear head."""
         return 2.0 * frames * self.head.weight.numel() * (1 + len(self.config.intermediate_layers))
-
-    def rate_scale(self, parameter: str, step: int) -> float:
-        """Freeze the backbone for `freeze_steps`, the frontend throughout if so configured; decay rates downwards."""
-        own, encoder = self.config, self.backbone.encoder
-        if not parameter.startswith("backbone."):
-            return own.head_rate if parameter.startswith("head.") else 1.0
-        if step < own.freeze_steps:
-            return 0.0
-        if parameter.startswith("backbone.frontend."):
-            return 0.0 if own.freeze_frontend else own.layer_decay ** (encoder.num_layers + 1)
-        return own.layer_decay ** (encoder.num_layers - encoder.depth(parameter.removeprefix("backbone.encoder.")))
-
-
-def _ctc_loss(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
-    """Return the loss of `(B, T, V)` log probabilities summed over the utterances that count."""
-    losses = functional.ctc_loss(
-        log_probs.transpose(0, 1),
-        batch.targets["tokens"],
-        lengths,
-        batch.targets["token_lengths"],
-        blank=BLANK,
-        reduction="none",
-        zero_infinity=True,
-    )
-    return (losses * batch.targets["weight"]).sum()
