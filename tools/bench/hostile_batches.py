@@ -40,8 +40,8 @@ def train(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from harken.config.registry import build
     from harken.engine.deepspeed import start_processes
     from harken.objectives.saved import build_objective, build_prepare
-    from harken.train.loop import _advance, _step
-    from harken.train.run import _build
+    from harken.train.loop import advance, take_step
+    from harken.train.run import build_run
 
     settings = hostile_settings(folder, options.cuts)
     start_processes(from_dict(settings).engine)
@@ -50,12 +50,12 @@ def train(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     settings["batch"]["memory_gib"] = resident_gib() + options.extra_gib
     config = from_dict(settings)
     spec = build("frontend", config.frontend).spec
-    run = _build(config, folder, build_objective, lambda train: build_prepare(config, spec, train=train), spec)
+    run = build_run(config, folder, build_objective, lambda train: build_prepare(config, spec, train=train), spec)
     batches = applied = 0
     for step in run.loader.steps(run.state.position):
         batches += len(step.batches)
-        applied += _step(run, step)
-        _advance(run, step)
+        applied += take_step(run, step)
+        advance(run, step)
         if batches >= options.batches:
             break
     run.log.close()
