@@ -29,8 +29,8 @@ from harken.core.loss import Loss
 from harken.engine.deepspeed import DeepSpeedEngine, start_processes
 from harken.objectives.base import Objective
 from harken.objectives.saved import build_objective, build_prepare
-from harken.train.loop import _advance, _step
-from harken.train.run import _build
+from harken.train.loop import advance, take_step
+from harken.train.run import build_run
 
 
 class Faults:
@@ -76,7 +76,7 @@ def work(path: str, exp: str, out: str, faults: dict[str, Any]) -> None:
     injected.padded = faults.get("padded", injected.padded) if last else injected.padded
     spec = build("frontend", config.frontend).spec
     Path(exp).mkdir(exist_ok=True)
-    run = _build(config, Path(exp), injected.objective, lambda train: build_prepare(config, spec, train=train), spec)
+    run = build_run(config, Path(exp), injected.objective, lambda train: build_prepare(config, spec, train=train), spec)
     injected.padded = float("inf")
     rows: list[dict[str, Any]] = [{"weights": digest(run.engine), "limits": run.loader.planner.limits.now.rows}]
     gradients = []
@@ -88,8 +88,8 @@ def work(path: str, exp: str, out: str, faults: dict[str, Any]) -> None:
         (name,) = distributed.gather([data.batches[0].ids[0]] if last else [])
         injected.cut = name if faults.get("cut") == step else ""
         noting(run.engine, gradients)
-        applied = _step(run, data)
-        _advance(run, data)
+        applied = take_step(run, data)
+        advance(run, data)
         limits = run.loader.planner.limits.now
         rows.append(
             {"applied": applied, "weights": digest(run.engine), "norm": run.engine.grad_norm, "cut": injected.cut}
