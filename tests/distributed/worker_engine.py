@@ -19,14 +19,13 @@ from pathlib import Path
 from worker_train import run_group
 
 from harken.config.load import load
-from harken.config.registry import build
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.batch import Batch
 from harken.core.loss import Loss
 from harken.engine.deepspeed import DeepSpeedEngine, start_processes
 from harken.objectives.base import Objective
-from harken.objectives.saved import build_objective, build_prepare
+from harken.objectives.saved import build_objective, preparers
 from harken.train.loop import advance, take_step
 from harken.train.run import build_run
 
@@ -54,9 +53,9 @@ def work(path: str, exp: str, out: str, steps: int, poisoned: int) -> None:
         objective.forward = perhaps_poisoned  # type: ignore[method-assign]
         return objective
 
-    spec = build("frontend", config.frontend).spec
+    prepare, spec = preparers(config)
     Path(exp).mkdir(exist_ok=True)
-    run = build_run(config, Path(exp), make, lambda train: build_prepare(config, spec, train=train), spec)
+    run = build_run(config, Path(exp), make, prepare, spec)
     rows = [{"step": run.state.step, "weights": digest(run.engine)}]
     for data in run.loader.steps(run.state.position):
         step = run.state.step + 1

@@ -12,10 +12,9 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from harken.config.load import load
-from harken.config.registry import build
 from harken.core import distributed
 from harken.engine.deepspeed import DeepSpeedEngine, start_processes
-from harken.objectives.saved import build_objective, build_prepare
+from harken.objectives.saved import build_objective, preparers
 from harken.train.loop import take_step
 from harken.train.run import build_run
 
@@ -41,12 +40,10 @@ def main(out: Path, configs: list[Path]) -> None:
         for stage in (0, 2):
             config = load([path], [f"engine.zero_stage={stage}"]).config
             start_processes(config.engine)
-            spec = build("frontend", config.frontend).spec
+            prepare, spec = preparers(config)
             folder = out / f"run-{path.stem}-{stage}"
             folder.mkdir(exist_ok=True)
-            run = build_run(
-                config, folder, build_objective, lambda train, c=config, s=spec: build_prepare(c, s, train=train), spec
-            )
+            run = build_run(config, folder, build_objective, prepare, spec)
             gradients = gradients_before_step(run.engine)
             data = next(run.loader.steps(run.state.position))
             applied = take_step(run, data)

@@ -21,14 +21,13 @@ from deepspeed.utils import safe_get_full_grad
 from worker_train import run_group
 
 from harken.config.load import load
-from harken.config.registry import build
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.batch import Batch
 from harken.core.loss import Loss
 from harken.engine.deepspeed import DeepSpeedEngine, start_processes
 from harken.objectives.base import Objective
-from harken.objectives.saved import build_objective, build_prepare
+from harken.objectives.saved import build_objective, preparers
 from harken.train.loop import advance, take_step
 from harken.train.run import build_run
 
@@ -74,9 +73,9 @@ def work(path: str, exp: str, out: str, faults: dict[str, Any]) -> None:
     last = distributed.rank() == distributed.world_size() - 1
     injected = Faults()
     injected.padded = faults.get("padded", injected.padded) if last else injected.padded
-    spec = build("frontend", config.frontend).spec
+    prepare, spec = preparers(config)
     Path(exp).mkdir(exist_ok=True)
-    run = build_run(config, Path(exp), injected.objective, lambda train: build_prepare(config, spec, train=train), spec)
+    run = build_run(config, Path(exp), injected.objective, prepare, spec)
     injected.padded = float("inf")
     rows: list[dict[str, Any]] = [{"weights": digest(run.engine), "limits": run.loader.planner.limits.now.rows}]
     gradients = []

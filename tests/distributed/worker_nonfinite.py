@@ -18,7 +18,6 @@ from typing import Any
 from worker_train import run_group
 
 from harken.config.load import load
-from harken.config.registry import build
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.batch import Batch
@@ -27,7 +26,7 @@ from harken.core.errors import HarkenError
 from harken.core.loss import Loss
 from harken.data.dataset import Prepare
 from harken.objectives.base import Objective
-from harken.objectives.saved import build_objective, build_prepare
+from harken.objectives.saved import build_objective, preparers
 from harken.train.run import run_training
 
 
@@ -75,13 +74,13 @@ class Spoiled:
 
 def train(path: str, folder: str, poison: str, where: Any) -> None:
     config = load([path]).config
-    spec = build("frontend", config.frontend).spec
+    fresh, spec = preparers(config)
 
     def make(config: RunConfig) -> Objective:
         return poisoned(build_objective(config), poison, where)
 
     def prepare(is_train: bool) -> Prepare:
-        own = build_prepare(config, spec, train=is_train)
+        own = fresh(is_train)
         return Spoiled(own, where) if poison == "audio" else own
 
     try:

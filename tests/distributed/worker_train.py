@@ -20,17 +20,16 @@ import deepspeed  # noqa: F401  imported before the processes are forked
 import torch._dynamo  # noqa: F401  so is this, which torch's optimisers import
 
 from harken.config.load import load
-from harken.config.registry import build
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.objectives.base import Objective
-from harken.objectives.saved import build_objective, build_prepare
+from harken.objectives.saved import build_objective, preparers
 from harken.train.run import run_training
 
 
 def train(path: str, folder: str, stop: int) -> None:
     config = load([path]).config
-    spec = build("frontend", config.frontend).spec
+    prepare, spec = preparers(config)
 
     def make(config: RunConfig) -> Objective:
         objective = build_objective(config)
@@ -45,7 +44,7 @@ def train(path: str, folder: str, stop: int) -> None:
         objective.after_step = then_signal  # type: ignore[method-assign]
         return objective
 
-    ending = run_training(config, Path(folder), make, lambda train: build_prepare(config, spec, train=train), spec)
+    ending = run_training(config, Path(folder), make, prepare, spec)
     assert ending == ("stopped" if stop else "finished"), ending
 
 

@@ -23,7 +23,6 @@ import psutil
 import torch._dynamo  # noqa: F401  so is this, which torch's optimisers import
 
 from harken.config.load import load
-from harken.config.registry import build
 from harken.config.schema import RunConfig
 from harken.core import distributed
 from harken.core.batch import Batch
@@ -32,7 +31,7 @@ from harken.core.errors import HarkenError
 from harken.core.loss import Loss
 from harken.data.dataset import Prepare
 from harken.objectives.base import Objective
-from harken.objectives.saved import build_objective, build_prepare
+from harken.objectives.saved import build_objective, preparers
 from harken.train.run import run_training
 
 STEP = 3
@@ -86,7 +85,7 @@ def forward_with(trouble: str, objective: Objective) -> None:
 def train(path: str, folder: str, trouble: str) -> int:
     """Train as `harken train` would; return its exit status."""
     config = load([path]).config
-    spec = build("frontend", config.frontend).spec
+    fresh, spec = preparers(config)
 
     def make(config: RunConfig) -> Objective:
         objective = build_objective(config)
@@ -94,7 +93,7 @@ def train(path: str, folder: str, trouble: str) -> int:
         return objective
 
     def prepare(is_train: bool) -> Any:
-        own = build_prepare(config, spec, train=is_train)
+        own = fresh(is_train)
         return Troubled(own, trouble) if is_train and trouble in ("worker killed", "unpicklable") else own
 
     try:

@@ -37,9 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
 def train(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train step after step on the hostile corpus and count."""
     from harken.config.load import from_dict
-    from harken.config.registry import build
     from harken.engine.deepspeed import start_processes
-    from harken.objectives.saved import build_objective, build_prepare
+    from harken.objectives.saved import build_objective, preparers
     from harken.train.loop import advance, take_step
     from harken.train.run import build_run
 
@@ -49,8 +48,8 @@ def train(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     settings["batch"]["memory_gib"] = resident_gib() + options.extra_gib
     config = from_dict(settings)
-    spec = build("frontend", config.frontend).spec
-    run = build_run(config, folder, build_objective, lambda train: build_prepare(config, spec, train=train), spec)
+    prepare, spec = preparers(config)
+    run = build_run(config, folder, build_objective, prepare, spec)
     batches = applied = 0
     for step in run.loader.steps(run.state.position):
         batches += len(step.batches)

@@ -29,20 +29,17 @@ def run(args: argparse.Namespace) -> int:
 
     from harken.apps.train import split_arguments
     from harken.config.load import load
-    from harken.config.registry import build
     from harken.core import distributed
     from harken.core.errors import HarkenError
     from harken.core.files import write_json_atomic
-    from harken.objectives.saved import build_objective, build_prepare
+    from harken.objectives.saved import build_objective, preparers
     from harken.train.bench import bench_data
 
     if args.steps < 1:
         raise HarkenError(f"--steps must be positive, got {args.steps}")
     config = load(*split_arguments(args.config)).config
-    spec = build("frontend", config.frontend).spec
-    found = bench_data(
-        config, build_objective, lambda train: build_prepare(config, spec, train=train), spec, steps=args.steps
-    )
+    prepare, spec = preparers(config)
+    found = bench_data(config, build_objective, prepare, spec, steps=args.steps)
     if distributed.is_main():
         print(f"loader alone: {found.loader:.0f} audio seconds a second with {found.workers} worker(s) a process")
         print(f"model alone:  {found.model:.0f} audio seconds a second")

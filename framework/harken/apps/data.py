@@ -204,13 +204,12 @@ def run_check(args: argparse.Namespace) -> int:
     """Check the data of a configuration; status 1 when a run with it would be refused."""
     from harken.apps.train import split_arguments
     from harken.config.load import load
-    from harken.config.registry import build
     from harken.data.check import check_data
-    from harken.objectives.saved import build_prepare
+    from harken.objectives.saved import preparers
 
     config = load(*split_arguments(args.config)).config
-    spec = build("frontend", config.frontend).spec
-    checked = check_data(config, lambda train: build_prepare(config, spec, train=train), full=args.full)
+    prepare, _ = preparers(config)
+    checked = check_data(config, prepare, full=args.full)
     for level in ("note", "warning", "wrong"):
         for text in checked.texts(level):
             print(f"{level.upper() if level == 'wrong' else level} {text}")

@@ -29,16 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; status 0 when finished, and when stopped by request after saving unless that is to be a failure."""
     from harken.config.load import load
-    from harken.config.registry import build
-    from harken.objectives.saved import build_objective, build_prepare
+    from harken.objectives.saved import build_objective, preparers
     from harken.train.run import run_training
 
     files, overrides = split_arguments(args.config)
     config = load(files, overrides).config
-    spec = build("frontend", config.frontend).spec
-    ended = run_training(
-        config, args.exp, build_objective, lambda train: build_prepare(config, spec, train=train), spec
-    )
+    prepare, spec = preparers(config)
+    ended = run_training(config, args.exp, build_objective, prepare, spec)
     return STOPPED if ended == "stopped" and args.fail_when_stopped else 0
 
 

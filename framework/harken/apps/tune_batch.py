@@ -24,15 +24,14 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     from harken.apps.train import split_arguments
     from harken.config.load import load
-    from harken.config.registry import build
     from harken.core import distributed
-    from harken.objectives.saved import build_objective, build_prepare
+    from harken.objectives.saved import build_objective, preparers
     from harken.train.run import tune_batch
 
     files, overrides = split_arguments(args.config)
     config = load(files, overrides).config
-    spec = build("frontend", config.frontend).spec
-    text = tune_batch(config, args.exp, build_objective, lambda train: build_prepare(config, spec, train=train), spec)
+    prepare, spec = preparers(config)
+    text = tune_batch(config, args.exp, build_objective, prepare, spec)
     if distributed.is_main():
         print(text)
     return 0

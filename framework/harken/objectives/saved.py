@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -48,6 +49,12 @@ def build_prepare(config: RunConfig, spec: FrameSpec, *, train: bool) -> Prepare
     """Build the objective's part that runs in the loader's workers."""
     part = cast(type[Objective], find("objective", config.objective.name).build)
     return part.preparer(config, spec, train=train)
+
+
+def preparers(config: RunConfig) -> tuple[Callable[[bool], Prepare], FrameSpec]:
+    """Return what builds the worker part for training (True) or validation, and the frontend's frame arithmetic."""
+    spec = cast(FrameSpec, build("frontend", config.frontend).spec)
+    return lambda train: build_prepare(config, spec, train=train), spec
 
 
 def load_objective(path: str | Path) -> tuple[Objective, RunConfig]:
