@@ -85,6 +85,7 @@ def take_step(engine: DeepSpeedEngine, step: int) -> float:
         loss = engine(batch(step, place)).total / 1000
         engine.backward(loss, last=place == places[-1])
         total += float(loss.detach())
+    engine.reduce()
     assert engine.step()
     return distributed.sum_over_ranks([total])[0]
 

@@ -16,7 +16,7 @@ from harken.optim.schedules.eden import Eden, EdenConfig
 @pytest.mark.parametrize(
     ("step", "hours", "expected"),
     [
-        (0, 0.0, 0.04 * 0.505),  # the first of 100 steps of warm-up, which begins at a half
+        (0, 0.0, 0.04 * 0.505 * (1 + 4e-8) ** -0.25),  # the first of 100 steps of warm-up, which begins at a half
         (49, 0.0, 0.04 * 0.75 * (1 + 1e-4) ** -0.25),
         (99, 30.0, 0.04 * (1 + 4e-4) ** -0.25 * 2**-0.25),
         (4999, 30.0, 0.04 * 2**-0.5),

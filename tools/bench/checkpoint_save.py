@@ -66,6 +66,7 @@ def make_engine(layers: int, zero_stage: int, folder: Path) -> tuple[DeepSpeedEn
     engine = DeepSpeedEngine(model, make_optimizer, config.engine, config.train)
     batch = Batch(ids=("a",), inputs=torch.zeros(1, 1), lengths=torch.tensor([1]))
     engine.backward(engine(batch).total, last=True)
+    engine.reduce()
     engine.step()
     if distributed.is_main():
         folder.mkdir(parents=True)
