@@ -118,7 +118,10 @@ def runs(corpus, run_python, tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = with_long_transcripts(corpus, folder / "long.jsonl")
     for case, numbers in CASES:
         processes, objective, frontend, zero_stage = case
-        engine, data = {"zero_stage": zero_stage}, {"train": str(manifest)} if objective == "ctc" else {}
+        engine, data = (
+            {"zero_stage": zero_stage},
+            {"train": str(manifest), "max_bad_share": 0.5} if objective == "ctc" else {},
+        )
         path = folder / f"{run_name(case)}.yaml"
         config = write_config(corpus, path, objective, frontend, data=data, engine=engine)
         whole[processes].append((config, folder / f"{run_name(case)}-whole", 0))

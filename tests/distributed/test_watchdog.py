@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from harken.config.load import load
 from harken.data.dataset import as_it_is
-from harken.data.loader import TaskStream, TrainLoader
+from harken.data.loader import StepTasks, TrainLoader
 from harken.data.order import Position
 from harken.engine.watchdog import HUNG
 
@@ -40,7 +40,7 @@ def with_fifo(corpus, config: Path, folder: Path) -> Path:
     position = Position()
     for _ in range(STEP - 1):
         position = loader.planner.after(position)
-    task = next(iter(TaskStream(loader.planner, 1, 2, position, even=False)))
+    task = StepTasks(loader.planner, 1, 2, even=False).at(position)[0][0]
     rows = [json.loads(line) for line in corpus.train.read_text().splitlines()]
     fifo = folder / "fifo.flac"
     os.mkfifo(fifo)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import signal
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch
 from harken.config.schema import BatchConfig, DataConfig
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
+from harken.data import reader
 from harken.data.dataset import Task, as_it_is
 from harken.data.loader import EvalLoader, Step, TrainLoader, share_of
 from harken.data.manifest import Manifest
@@ -64,6 +68,34 @@ def test_workers_give_the_same_batches_in_the_same_order(corpus) -> None:
     alone, helped = (take(loader(corpus, workers, **options), 9) for workers in (0, 2))
     assert alone[-1].position.epoch > 0
     assert_same(alone, helped)
+
+
+@pytest.mark.parametrize("starts", [2, 1])
+def test_workers_that_never_begin_are_started_anew(
+    starts: int, corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a child does that hangs in its fork; when that goes on the run ends."""
+    start = reader._start_worker
+
+    def hang(begun, worker: int) -> None:
+        if worker == 1 and not list(tmp_path.glob("hung-*")):
+            (tmp_path / f"hung-{os.getpid()}").touch()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        start(begun, worker)
+
+    expected = take(loader(corpus, 2), 3)
+    monkeypatch.setattr(reader, "_start_worker", hang)
+    monkeypatch.setattr(reader, "SECONDS_TO_BEGIN", 2.0)
+    monkeypatch.setattr(reader, "STARTS", starts)
+    if starts > 1:
+        assert_same(take(loader(corpus, 2), 3), expected)
+    else:
+        with pytest.raises(HarkenError, match="must begin within 2 s, and 1 times one did not"):
+            take(loader(corpus, 2), 3)
+    assert capfd.readouterr().out.count("has not begun in 2 s: starting them anew") == 1
+    for path in tmp_path.glob("hung-*"):
+        assert not Path(f"/proc/{path.name.removeprefix('hung-')}/cmdline").exists()
 
 
 @pytest.mark.parametrize("done", [1, 5, 7])

@@ -91,7 +91,13 @@ def hostile_settings(folder: Path, count: int) -> dict[str, Any]:
         "objective": {"name": "ctc", "tokenizer": str(folder / "tokens.txt"), "freeze_frontend": False},
         "optimizer": {"name": "adamw"},
         "schedule": {"name": "constant", "rate": 1e-4},
-        "data": {"train": str(folder / "hostile.jsonl"), "max_seconds": LONGEST, "min_seconds": 0.1, "workers": 1},
+        "data": {
+            "train": str(folder / "hostile.jsonl"),
+            "max_seconds": LONGEST,
+            "min_seconds": 0.1,
+            "max_bad_share": 1.0,  # the check before the run would refuse such data
+            "workers": 1,
+        },
         # what one part may hold is far too much for the memory there is
         "batch": {"max_seconds": LONGEST, "seconds_per_step": LONGEST, "limits": [[LONGEST, 60.0]]},
         "train": {"steps": 1_000_000},

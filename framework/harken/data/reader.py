@@ -8,6 +8,8 @@ import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.synchronize import Semaphore
 from typing import TypeVar
 
 import torch
@@ -19,6 +21,8 @@ from harken.core.errors import HarkenError
 from harken.data.dataset import MicroBatches, Task, preparing
 
 T = TypeVar("T")
+SECONDS_TO_BEGIN = 60.0
+STARTS = 3
 
 
 def read_ahead(dataset: MicroBatches, tasks: Sampler[Task] | list[Task], config: DataConfig) -> Iterator[Batch]:
@@ -41,20 +45,47 @@ def _ahead(
     dataset: Dataset[T | HarkenError], tasks: Sampler[Task] | list[Task] | None, config: DataConfig
 ) -> Iterator[T]:
     atexit.register(_kill_workers)
-    loader = DataLoader(
+    begun = multiprocessing.Semaphore(0)
+    loader: DataLoader[T | HarkenError] = DataLoader(
         dataset,
         batch_size=None,
         sampler=tasks,
         num_workers=config.workers,
         prefetch_factor=config.prefetch_batches if config.workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, begun),
         collate_fn=None,
     )
-    for item in loader:
+    for item in _with_workers(loader, begun):
         if isinstance(item, HarkenError):
             raise item
         yield item
+
+
+def _with_workers(loader: DataLoader[T | HarkenError], begun: Semaphore) -> Iterator[T | HarkenError]:
+    """Return the loader's iterator once each of its workers has raised `begun`; start them anew when one does not.
+
+    A process with threads must not fork, and this one has those of the collectives. In CPython 3.11 the child waits for
+    ever in `PyOS_AfterFork_Child` when another thread was about to enter Python: it re-initialises the interpreter's
+    lock after it has taken it. Workers that are spawned instead would each hold a copy of the corpus's durations.
+    Raises HarkenError when workers do not begin three times in a row.
+    """
+    for _ in range(STARTS):
+        others = set(multiprocessing.active_children())
+        items = iter(loader)
+        if all(begun.acquire(timeout=SECONDS_TO_BEGIN) for _ in range(loader.num_workers)):
+            return items
+        del items
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+            child.join()
+        while begun.acquire(block=False):
+            pass
+        print(f"WARNING a loader's worker has not begun in {SECONDS_TO_BEGIN:g} s: starting them anew", flush=True)
+    raise HarkenError(
+        f"the workers of a loader must begin within {SECONDS_TO_BEGIN:g} s, and {STARTS} times one did not: look at "
+        "the machine's load and memory, or set `data.workers=0`"
+    )
 
 
 def read_batch(dataset: MicroBatches, task: Task) -> Batch:
@@ -89,7 +120,7 @@ class _SpokenStream(IterableDataset[T | HarkenError]):
             yield error
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(begun: Semaphore, worker: int) -> None:
     """Workers leave the cores to the model, and leave signals to the main process, which saves and ends them.
 
     A limit of `batch.memory_gib` is the model's: a reader that met it would call good audio unreadable.
@@ -99,6 +130,7 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    begun.release()
 
 
 def _kill_workers() -> None:
