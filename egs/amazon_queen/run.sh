@@ -100,7 +100,7 @@ decode_and_score() { # MODEL OUT LABELLED
   harken ngram "$data/$labelled.jsonl" --tokens "$data/tokens.txt" --order 6 --out "$out/characters.arpa"
   harken decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/greedy"
   harken decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" \
-    --method prefix_beam --ngram "$out/characters.arpa" --ngram-weight 0.5 --insertion-bonus 0.5
+    --method prefix_beam --ngram "$out/characters.arpa" --ngram-weight 0.8 --insertion-bonus 1.5
   for split in greedy/test greedy/test-unseen beam/test beam/test-unseen; do
     harken score "$out/$split.jsonl" --out "$out/$split-score"
   done
