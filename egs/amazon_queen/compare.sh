@@ -46,7 +46,7 @@ if ! is_whole_number "$jobs" || [ "$jobs" -lt 1 ]; then die "--jobs must be 1 or
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
 . "$root/egs/shared/training.sh"
-. "$recipe/local/units.sh"
+. "$recipe/local/hubert.sh"
 
 data="$recipe/data"
 conf_files=()
@@ -55,16 +55,11 @@ units1="$exp/units1/labels" compared="$exp/compare"
 if [ ! -f "$units1/card.json" ]; then die "$units1 holds no units: run run.sh --exp $exp --stop-stage 4 first"; fi
 clusters1="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["clusters"])' "$units1/card.json")"
 
-train_stage 1 pretrain1 "$data/train.jsonl $units1/" "$compared/pretrain1" \
-  "$recipe/conf/compare/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters1]" \
-  "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$units1]"
+pretrain_stage 1 "$compared/pretrain1" "$units1" "$clusters1" "$recipe/conf/compare/pretrain.yaml"
 
-stage 2 units2 "$data/train.jsonl $data/dev.jsonl $compared/pretrain1/checkpoints/" "$compared/units2/labels/" \
-  make_units "$compared/units2" "$clusters" 400000 --features hidden --model "$compared/pretrain1" --layer "$layer"
+hidden_units_stage 2 "$compared/units2" "$clusters" 400000 "$compared/pretrain1"
 
-train_stage 3 pretrain2 "$data/train.jsonl $compared/units2/labels/" "$compared/pretrain2" \
-  "$recipe/conf/compare/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters]" \
-  "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$compared/units2/labels]"
+pretrain_stage 3 "$compared/pretrain2" "$compared/units2/labels" "$clusters" "$recipe/conf/compare/pretrain.yaml"
 
 # What decides a row's result, one `name checksum` a line.
 made_of() { # MINUTES START CONFIGURATION...
@@ -112,7 +107,7 @@ row() { # MINUTES START SEED CONFIGURATION...
   # masks begin after about 360 steps of 20 s in every row: an epoch of 10 minutes has 30
   configuration=("$@" "data.train=$data/train-${minutes}min.jsonl" "seed=$seed" engine.threads=1
     "objective.mask_from_epoch=$((120 / minutes))")
-  # the two top blocks start afresh in every row
+  # of a pretrained model the two top blocks start afresh
   if [ "$start" != scratch ]; then
     configuration+=("train.init_from=$compared/$start" train.init_fresh_blocks=2)
   fi
@@ -169,6 +164,10 @@ run_row() { # MINUTES START SEED CONFIGURATION...
 rows() { # MINUTES SEEDS CONFIGURATION...
   local amounts="$1" all_seeds="$2" amount start seed failed
   shift 2
+  for start in pretrain1 pretrain2; do
+    compgen -G "$compared/$start/checkpoints/*/checksums.json" > /dev/null ||
+      die "$compared/$start holds no pretrained model: run this again from --stage 1"
+  done
   set +m # rows stay in the stage's process group, to which signals go
   mkdir -p "$compared/rows" "$exp/logs/compare"
   rm -f "$compared"/rows/*.failed

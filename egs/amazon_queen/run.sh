@@ -44,7 +44,7 @@ parse_options "$@"
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
 . "$root/egs/shared/training.sh"
-. "$recipe/local/units.sh"
+. "$recipe/local/hubert.sh"
 
 # What the modes share is made once; everything that depends on the configuration goes to $exp.
 data="$recipe/data"
@@ -56,7 +56,6 @@ if [ "$mode" = short ]; then
 else
   labelled=train clusters1=100 clusters2=200 max_frames=400000
 fi
-jobs="$(nproc)" # the program: labelling uses every core, whatever --nproc trains on
 
 stage 1 check "the machine" "a list of versions and devices" harken doctor
 
@@ -79,16 +78,11 @@ stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_co
 stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
   make_units "$exp/units1" "$clusters1" "$max_frames" --features mfcc --subtract-mean --average 4
 
-train_stage 5 pretrain1 "$data/train.jsonl $exp/units1/labels/" "$exp/pretrain1" \
-  "$recipe/conf/$mode/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters1]" \
-  "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$exp/units1/labels]"
+pretrain_stage 5 "$exp/pretrain1" "$exp/units1/labels" "$clusters1" "$recipe/conf/$mode/pretrain.yaml"
 
-stage 6 units2 "$data/train.jsonl $data/dev.jsonl $exp/pretrain1/checkpoints/" "$exp/units2/labels/" \
-  make_units "$exp/units2" "$clusters2" "$max_frames" --features hidden --model "$exp/pretrain1" --layer "$layer"
+hidden_units_stage 6 "$exp/units2" "$clusters2" "$max_frames" "$exp/pretrain1"
 
-train_stage 7 pretrain2 "$data/train.jsonl $exp/units2/labels/" "$exp/pretrain2" \
-  "$recipe/conf/$mode/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters2]" \
-  "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$exp/units2/labels]"
+pretrain_stage 7 "$exp/pretrain2" "$exp/units2/labels" "$clusters2" "$recipe/conf/$mode/pretrain.yaml"
 
 train_stage 8 finetune "$data/$labelled.jsonl $exp/pretrain2/checkpoints/" "$exp/finetune" \
   "$recipe/conf/$mode/finetune.yaml" "${conf_files[@]}" "objective.tokenizer=$data/tokens.txt" \
@@ -100,7 +94,7 @@ decode_and_score() { # MODEL OUT LABELLED
   harken ngram "$data/$labelled.jsonl" --tokens "$data/tokens.txt" --order 6 --out "$out/characters.arpa"
   harken decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/greedy"
   harken decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" \
-    --method prefix_beam --ngram "$out/characters.arpa" --ngram-weight 0.5 --insertion-bonus 0.5
+    --method prefix_beam --ngram "$out/characters.arpa" --ngram-weight 0.8 --insertion-bonus 1.5
   for split in greedy/test greedy/test-unseen beam/test beam/test-unseen; do
     harken score "$out/$split.jsonl" --out "$out/$split-score"
   done

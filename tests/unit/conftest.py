@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harken.apps.main import main
+from harken.train import loop
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +44,14 @@ def damage():
             (folder / name).write_bytes(content)
 
     return overwrite
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Make each validation of the next run give one of these; the first batch is validated before the first step."""
+
+    def give(*values: float) -> None:
+        remaining = iter([1.0, *values])
+        monkeypatch.setattr(loop, "validate", lambda engine, batches: ({"loss": next(remaining)}, []))
+
+    return give

@@ -252,6 +252,12 @@ def test_what_a_row_was_made_with_is_kept_beside_its_scores(copy: Path) -> None:
     assert shown.count("harken train") == 6
 
 
+def test_rows_need_finished_models(copy: Path) -> None:
+    output = compare(copy, "--stage", "4", code=2)
+    assert f"{copy}/exp/compare/pretrain1 holds no pretrained model: run this again from --stage 1" in output
+    assert trained(copy) == []
+
+
 def test_a_comparison_needs_units(copy: Path) -> None:
     shutil.rmtree(copy / "exp/units1")
     output = compare(copy, code=2)
