@@ -25,7 +25,7 @@ class Teacher(nn.Module):
     """
 
     def __init__(self, encoder: Encoder, top: int, kind: Kind) -> None:
-        """Copy an encoder. top: how many of the last blocks are the targets. kind: their feed-forwards' outputs or theirs.
+        """Copy an encoder. top: how many of the last blocks. kind: their feed-forwards' outputs, or theirs.
 
         Raises HarkenError when the encoder has fewer blocks, or no feed-forwards where these are asked for.
         """

@@ -36,7 +36,7 @@ class Wav2vec2Config(SlotConfig):
     mask_length: int = 10
     """fairseq `mask_length`, in frames."""
     negatives: int = 100
-    """Distractors of a masked frame, from the same utterance's masked frames. The paper's K; fairseq `num_negatives`."""
+    """Distractors of a masked frame, other masked frames of its utterance. The paper's K; fairseq `num_negatives`."""
     groups: int = 2
     """Codebooks of the quantiser. The paper's G; fairseq `latent_groups`."""
     entries: int = 320

@@ -25,7 +25,7 @@ class Temperature:
 
     def now(self) -> float:
         """Return the temperature of the step that is being taken."""
-        return max(self.start * self.decay ** float(current_step()), self.end)
+        return float(max(self.start * self.decay ** float(current_step()), self.end))
 
 
 @dataclass(frozen=True)
