@@ -184,12 +184,11 @@ class Wav2vec2(Objective):
         y = self.project_target(quantised.vectors)
         with torch.autocast(x.device.type, enabled=False):
             x, y = functional.normalize(x.float(), dim=-1), functional.normalize(y.float(), dim=-1)
-            similarity = (
-                x @ y.transpose(1, 2) / self.config.temperature
-            )  # (B, M, M): no frames x negatives x dim tensor
+            # (B, M, M), from which the negatives are picked: no frames x negatives x dim tensor exists
+            similarity = x @ y.transpose(1, 2) / self.config.temperature
         codes = quantised.codes
         index = negatives.flatten(1)[..., None].expand(-1, -1, codes.shape[-1])
-        same = (codes.gather(1, index).view(*negatives.shape, -1) == codes[:, :, None]).all(-1)
+        same = (codes.gather(1, index).view(*negatives.shape, codes.shape[-1]) == codes[:, :, None]).all(-1)
         others = similarity.gather(2, negatives).masked_fill(same, -torch.inf)
         return torch.cat([similarity.diagonal(dim1=1, dim2=2)[..., None], others], -1)
 
