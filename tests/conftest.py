@@ -63,6 +63,8 @@ class Corpus:
                 "mask_length": 4,
                 "freeze_frontend": False,
             },
+            "wav2vec2": {"name": "wav2vec2", "entries": 6, "code_dim": 16, "negatives": 8, "mask_length": 4},
+            "data2vec": {"name": "data2vec", "top_layers": 2, "mask_length": 4},
         }
         return {
             "seed": 7,

@@ -92,6 +92,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "mask_channel_length": 4,
             "band_masks": 1,
         },
+        "data2vec": {"mask_length": 4, "top_layers": 2},
         "hubert": {"classes": "CLASSES", "code_dim": 16, "mask_length": 4, "unmasked_weight": 0.5},
         "transducer": {
             "tokenizer": "TOKENS",
@@ -100,6 +101,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "predictor_dim": 16,
             "joiner_dim": 16,
         },
+        "wav2vec2": {"mask_length": 4, "negatives": 8, "entries": 6, "code_dim": 16},
     },
     "optimizer": {"adamw": {}, "scaled_adam": {}},
     "schedule": {
@@ -124,8 +126,10 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"causal": True, "chunk_frames": [8], "left_frames": [16], "eval_chunk_frames": 8, "eval_left_frames": 16},
     ],
     ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
+    ("objective", "data2vec"): [{}, {"beta": 0.5, "loss_scale": 2.0, "targets": "block"}],
     ("objective", "hubert"): [{}, {"head": "linear"}],
     ("objective", "transducer"): [{}, {"ctc_weight": 0.2, "prune_range": 2, "context": 1}],
+    ("objective", "wav2vec2"): [{}, {"quantizer_dim": 24, "groups": 3, "mask_probability": 0.3}],
 }
 
 

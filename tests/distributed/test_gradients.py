@@ -34,6 +34,8 @@ ZIPFORMER = {
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hubert": ("hubert", "waveform", {"layer_drop": 0.0}),
     "ctc": ("ctc", "filterbank", {"layer_drop": 0.0}),
+    "wav2vec2": ("wav2vec2", "waveform", {"layer_drop": 0.0}),
+    "data2vec": ("data2vec", "filterbank", {"layer_drop": 0.0}),
     "dropped-layer": ("hubert", "filterbank", {"layer_drop": 0.5}),
     "zipformer": ("hubert", "filterbank", ZIPFORMER),
 }

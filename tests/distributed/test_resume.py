@@ -35,6 +35,9 @@ CASES = [
     ((1, "ctc", "waveform", 0), (0,)),
     ((2, "hubert", "filterbank", 2), (2,)),
     ((2, "ctc", "filterbank", 0), (0,)),
+    ((1, "wav2vec2", "waveform", 1), (2,)),
+    ((1, "data2vec", "filterbank", 0), (0,)),
+    ((2, "data2vec", "filterbank", 2), (0,)),
 ]
 
 

@@ -22,7 +22,7 @@ from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.encoders.backbone import build_backbone
 from harken.encoders.saved import load_backbone
-from harken.interop.fairseq import Imported, import_checkpoint, read_hubert
+from harken.interop.fairseq import Imported, import_checkpoint, read_pretrained
 from harken.interop.fairseq_options import parse_convolutions
 from harken.interop.unpickle import plain, read_checkpoint
 from harken.objectives.saved import load_objective
@@ -195,7 +195,7 @@ class Changed:
             torch.save(self.state, self.path)
         finally:
             del sys.modules[module.__name__]
-        return read_hubert(self.path)
+        return read_pretrained(self.path)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def changed(tmp_path) -> Changed:
 
 @pytest.fixture(scope="module")
 def original() -> Imported:
-    return read_hubert(checkpoint("base"))
+    return read_pretrained(checkpoint("base"))
 
 
 def assert_same_model(found: Imported, expected: Imported) -> None:
@@ -316,10 +316,10 @@ def test_other_models_and_files_are_refused(changed, tmp_path) -> None:
         changed.read()
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(HarkenError, match="no fairseq checkpoint: expected a `model`"):
-        read_hubert(tmp_path / "other.pt")
+        read_pretrained(tmp_path / "other.pt")
     torch.save({"model": {}}, tmp_path / "bare.pt")
     with pytest.raises(HarkenError, match="neither `cfg` nor `args`"):
-        read_hubert(tmp_path / "bare.pt")
+        read_pretrained(tmp_path / "bare.pt")
 
 
 def test_weights_that_do_not_fit_are_named(changed) -> None:

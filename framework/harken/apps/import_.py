@@ -50,12 +50,11 @@ def run(args: argparse.Namespace) -> int:
     millions = sum(weight.numel() for weight in imported.weights.values()) / 1e6
     with torch.device("meta"):
         backbone = build_backbone(config)
-    classes = ", ".join(map(str, objective.classes))
     layers = f"{backbone.encoder.num_layers} {config.encoder.name} layers of {backbone.dim}"
     print(f"{args.out}: {objective.name} on {layers}")
     rate = f"{backbone.spec.rate:g} frames a second of {config.data.sample_rate} Hz audio"
     print(f"{millions:.1f} million parameters, {rate}")
-    print(f"classes: {classes}; updates it was trained for: {imported.updates or 'not recorded'}")
+    print(f"{imported.targets}; updates it was trained for: {imported.updates or 'not recorded'}")
     for note in imported.notes:
         print(f"not carried over: {note}")
     print(f"Start from it with `harken train CONFIG --exp EXP train.init_from={args.out}`")

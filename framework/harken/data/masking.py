@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harken.core.batch import Batch
+from harken.core.draws import Draws
 from harken.core.errors import HarkenError
+from harken.core.frames import FrameSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,11 @@ class SpanMask:
                 f"got {self.probability} and {self.length}"
             )
 
+    @property
+    def expected_share(self) -> float:
+        """Share of frames that spans cover, overlaps counted once, in a long sequence."""
+        return 1.0 - (1.0 - min(1.0, self.probability / self.length)) ** self.length
+
     def draw(self, frames: int, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Return `(frames,)` bool, True where masked. At least one frame of a sequence stays unmasked."""
         mask = np.zeros(frames, dtype=np.bool_)
@@ -43,3 +53,13 @@ class SpanMask:
         starts = rng.choice(places, size=min(count, places), replace=False)
         mask[(starts[:, None] + np.arange(length)[None, :]).ravel()] = True
         return mask
+
+    def draw_rows(
+        self, batch: Batch, draws: Sequence[Draws], spec: FrameSpec
+    ) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+        """Return the masks `(B, T)` of a batch, each row from its own draws, and its `(B,)` lengths in frames."""
+        lengths = spec.num_frames(batch.lengths).numpy()
+        masks = np.zeros((len(batch.ids), int(spec.num_frames(batch.inputs.shape[1]))), dtype=np.bool_)
+        for row, (cut, length, own) in enumerate(zip(batch.ids, lengths, draws, strict=True)):
+            masks[row, :length] = self.draw(int(length), own.generator("mask", cut))
+        return masks, lengths

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ class Encoder(nn.Module):
         """Width of an embedded frame, and of the vector that replaces a masked one."""
         return self.dim
 
+    def normalise(self, frames: Tensor) -> Tensor:
+        """Return frames `(B, T, F)` as `embed` projects them, by default as they are: wav2vec 2.0 quantises these."""
+        return frames
+
     def embed(self, frames: Tensor) -> Tensor:
         """Bring a frontend's frames `(B, T, F)` to `(B, T, embed_dim)`; masks are applied to the result."""
         raise NotImplementedError
@@ -52,6 +56,13 @@ class Encoder(nn.Module):
         one still run, as `last` needs them.
         """
         raise NotImplementedError
+
+    def feed_forwards(self) -> Sequence[nn.Module]:
+        """Return for each block the module whose output `(B, T, D)` its last feed-forward adds, before any dropout.
+
+        Empty where blocks have none, or differ in rate or width.
+        """
+        return ()
 
     def depth(self, parameter: str) -> int:
         """Return the block (from 1) that holds a parameter of this encoder, 0 for what lies before the blocks."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +114,10 @@ class Conformer(Stack):
     def __init__(self, config: ConformerConfig, input_dim: int) -> None:
         super().__init__(config, input_dim, lambda: Block(config), norm_last=False)
         self.config = config
+
+    def feed_forwards(self) -> Sequence[nn.Module]:
+        """Return the contractions of the second feed-forwards; see `Encoder`."""
+        return [cast(Block, block).after.down for block in self.blocks]
 
     def block_flops(self, frames: int) -> float:
         """Count the products of a block, of its attention and of its convolution."""

@@ -88,9 +88,14 @@ class Stack(Encoder):
         self.dropout = Dropout(config.dropout)
         self.blocks.apply(_initialise)
 
+    def normalise(self, frames: Tensor) -> Tensor:
+        """Give each of the frames `(B, T, F)` its norm; see `Encoder`."""
+        normal: Tensor = self.input_norm(frames)
+        return normal
+
     def embed(self, frames: Tensor) -> Tensor:
         """Normalise and project frames `(B, T, F)` to `(B, T, D)`."""
-        embedded: Tensor = self.input_dropout(self.project(self.input_norm(frames)))
+        embedded: Tensor = self.input_dropout(self.project(self.normalise(frames)))
         return embedded
 
     def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:

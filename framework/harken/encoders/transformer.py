@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,6 +58,10 @@ class Transformer(Stack):
     def __init__(self, config: TransformerConfig, input_dim: int) -> None:
         super().__init__(config, input_dim, lambda: Block(config), norm_last=config.norm_first)
         self.config = config
+
+    def feed_forwards(self) -> Sequence[nn.Module]:
+        """Return the contractions of the feed-forwards; see `Encoder`."""
+        return [cast(Block, block).down for block in self.blocks]
 
     def block_flops(self, frames: int) -> float:
         """Count the products of a block and of its attention."""

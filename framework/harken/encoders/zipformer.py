@@ -92,9 +92,14 @@ class Zipformer(Encoder):
         """Width of the first stack."""
         return self.dims[0]
 
+    def normalise(self, frames: Tensor) -> Tensor:
+        """Give each of the frames `(B, T, F)` its norm, where there is one; see `Encoder`."""
+        normal: Tensor = self.input_norm(frames)
+        return normal
+
     def embed(self, frames: Tensor) -> Tensor:
         """Normalise and project frames `(B, T, F)` to `(B, T, embed_dim)`."""
-        embedded: Tensor = self.input_dropout(self.project(self.input_norm(frames)))
+        embedded: Tensor = self.input_dropout(self.project(self.normalise(frames)))
         return embedded
 
     def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:

@@ -1,4 +1,4 @@
-"""HuBERT checkpoints of fairseq as harken models, without fairseq.
+"""HuBERT and wav2vec 2.0 checkpoints of fairseq as harken models, without fairseq.
 
 Layouts: `cfg` (a dict or OmegaConf containers, fairseq 0.12 and the released models) and `args` (a flat namespace,
 before that), both with `model` as the state dict and `task_state` with a pickled dictionary for each codebook.
@@ -27,12 +27,14 @@ from harken.core.files import check_replaceable, sha256_file
 from harken.encoders.backbone import build_backbone
 from harken.interop.fairseq_options import (
     check_supported,
-    model_config,
+    hubert_config,
+    kind_of,
     not_carried_over,
     read_options,
     training_config,
+    wav2vec2_config,
 )
-from harken.interop.imported import Imported, write_imported
+from harken.interop.imported import Imported, classes_line, write_imported
 from harken.interop.names import rename_weights
 from harken.interop.unpickle import Record, plain, read_checkpoint
 
@@ -42,6 +44,9 @@ _NEW_BLOCK = r"backbone.encoder.blocks.\1."
 NAMES: tuple[tuple[str, str], ...] = (
     (r"mask_emb", "backbone.mask_embedding"),
     (r"label_embs_concat", "codes.embeddings"),
+    (r"quantizer\.vars", "quantizer.codebook"),
+    (rf"quantizer\.weight_proj\.{_PART}", r"quantizer.logits.\1"),
+    (rf"project_q\.{_PART}", r"project_target.\1"),
     (rf"final_proj\.{_PART}", r"project.\1"),
     (rf"layer_norm\.{_PART}", r"backbone.encoder.input_norm.\1"),
     (rf"post_extract_proj\.{_PART}", r"backbone.encoder.project.\1"),
@@ -67,30 +72,37 @@ def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
     """
     path, folder = Path(path), Path(folder)
     check_replaceable(folder, kind="imported model")  # before the work
-    imported = read_hubert(path)
+    imported = read_pretrained(path)
     write_imported(folder, imported, {"format": "fairseq", "checkpoint": path.name, "sha256": sha256_file(path)})
     return imported
 
 
-def read_hubert(path: str | Path) -> Imported:
-    """Read a pretrained HuBERT checkpoint; see `import_checkpoint` for what is raised."""
+def read_pretrained(path: str | Path) -> Imported:
+    """Read a pretrained checkpoint; see `import_checkpoint` for what is raised."""
     path = Path(path)
     state = read_checkpoint(path)
     if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
         raise HarkenError(f"{path} is no fairseq checkpoint: expected a `model` in it")
     groups = read_options(state, path)
     check_supported(groups["model"], path)
-    symbols = _symbols(state)
     weights = convert_weights(state["model"], path)
-    classes = _classes(weights, symbols, path)
+    symbols: tuple[tuple[str, ...], ...] = ()
+    if kind_of(groups["model"]) == "wav2vec2":
+        slots = wav2vec2_config(groups)
+        weights["quantizer.codebook"] = _codebook(weights, slots["objective"], path)
+        targets = "codebooks: {groups} of {entries} entries".format(**slots["objective"])
+    else:
+        symbols = _symbols(state)
+        classes = _classes(weights, symbols, path)
+        slots, targets = hubert_config(groups, classes), classes_line(classes)
     updates = _updates(state)
     try:
-        config = from_dict({**model_config(groups, classes), **training_config(groups, path.name, updates)})
+        config = from_dict({**slots, **training_config(groups, path.name, updates)})
     except TypeError as error:
         raise HarkenError(f"{path} has an option of a wrong type: {error}") from error
     model = build("objective", config.objective, run=config, backbone=build_backbone(config))
     load_into(model, weights, path)
-    return Imported(config, weights, symbols, updates, tuple(not_carried_over(groups)))
+    return Imported(config, weights, symbols, updates, tuple(not_carried_over(groups)), targets)
 
 
 def convert_weights(model: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -116,6 +128,20 @@ def _classes(weights: Mapping[str, Tensor], symbols: tuple[tuple[str, ...], ...]
     if sum(classes) != len(embeddings):
         raise HarkenError(f"{path} embeds {len(embeddings)} classes, and its dictionaries have {classes}")
     return classes
+
+
+def _codebook(weights: Mapping[str, Tensor], objective: Mapping[str, Any], path: Path) -> Tensor:
+    """Return fairseq's `vars` `(1, G * V, D)` as harken's codebook `(G, V, D)`."""
+    found = weights.get("quantizer.codebook")
+    if found is None:
+        raise HarkenError(f"{path} has no `quantizer.vars`: the head of wav2vec 2.0's pretraining was removed from it")
+    groups, entries = objective["groups"], objective["entries"]
+    if found.dim() != 3 or found.shape[1] != groups * entries:
+        raise HarkenError(
+            f"`quantizer.vars` in {path} must hold {groups} groups of {entries} entries, "
+            f"found shape {tuple(found.shape)}"
+        )
+    return found.view(groups, entries, -1)
 
 
 def _updates(state: Mapping[str, Any]) -> int:

@@ -1,8 +1,8 @@
 """fairseq's options as a harken configuration.
 
 The model is described exactly; an option that harken has no counterpart for is an error that names it. The training is
-described as far as the checkpoint tells, and what it is silent about has HuBERT Base's published value (arXiv
-2106.07447 section IV-C, fairseq `hubert_base_librispeech.yaml`).
+described as far as the checkpoint tells, and what it is silent about has the Base model's published value (arXiv
+2106.07447 section IV-C, fairseq `hubert_base_librispeech.yaml`; arXiv 2006.11477, `wav2vec2_base_librispeech.yaml`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ SUPPORTED: dict[str, Any] = {
     "pos_enc_type": "abs",
     "attn_type": "",
 }
+QUANTISED = {"quantize_targets": True, "quantize_input": False, "quantizer_depth": 1}
+KINDS: dict[str, dict[str, Any]] = {"hubert": SUPPORTED, "wav2vec2": {**SUPPORTED, **QUANTISED}}
 # fairseq options that change its training alone: harken's objective has the values here
 TRAINING: dict[str, Any] = {
     "mask_selection": "static",
     "mask_other": 0,
     "no_mask_overlap": False,
     "mask_channel_prob": 0,
+    "negatives_from_everywhere": False,
+    "cross_sample_negatives": 0,
+    "codebook_negatives": 0,
 }
 ADAM = {"optimizer": "adam", "lr_scheduler": "polynomial_decay"}
 GROUPS = ("model", "task", "criterion", "optimization", *ADAM, "dataset", "distributed_training")
@@ -56,21 +61,30 @@ def read_options(state: Mapping[str, Any], path: Path) -> dict[str, Options]:
     return {name: _given(group) for name, group in groups.items()}
 
 
+def kind_of(model: Options) -> str:
+    """Return fairseq's name of a model."""
+    return str(model.get("_name", model.get("arch", "hubert")))
+
+
 def check_supported(model: Options, path: Path) -> None:
-    """Raise HarkenError when the checkpoint is of another model, or computes what harken's HuBERT does not."""
-    kind = model.get("_name", model.get("arch", "hubert"))
-    if kind != "hubert":
-        raise HarkenError(f"{path} holds a fairseq `{kind}` model: harken reads pretrained `hubert` models")
-    for name, value in SUPPORTED.items():
-        if model.get(name, value) != value:
-            raise HarkenError(f"fairseq's `{name}` must be {value!r} to be read, {path} has {model[name]!r}")
+    """Raise HarkenError when the checkpoint is of another model, or computes what harken's does not."""
+    kind = kind_of(model)
+    if kind not in KINDS:
+        known = " and ".join(f"`{name}`" for name in KINDS)
+        raise HarkenError(f"{path} holds a fairseq `{kind}` model: harken reads pretrained {known} models")
+    for name, value in KINDS[kind].items():
+        default = False if name == "quantize_targets" else value  # fairseq's own default is not what harken stands for
+        if model.get(name, default) != value:
+            raise HarkenError(
+                f"fairseq's `{name}` must be {value!r} to be read, {path} has {model.get(name, default)!r}"
+            )
 
 
 def not_carried_over(groups: Mapping[str, Options]) -> list[str]:
     """Return a line for each option of the training that has no counterpart."""
     model = groups["model"]
     notes = [
-        f"`{name}` is {model[name]!r}, harken's hubert objective has {value!r}"
+        f"`{name}` is {model[name]!r}, harken's {kind_of(model)} objective has {value!r}"
         for name, value in TRAINING.items()
         if model.get(name, value) != value
     ]
@@ -81,16 +95,15 @@ def not_carried_over(groups: Mapping[str, Options]) -> list[str]:
     return notes
 
 
-def model_config(groups: Mapping[str, Options], classes: list[int]) -> dict[str, Any]:
-    """Return the slots that describe the model; the defaults are those of fairseq's `HubertConfig`."""
-    model, task, criterion = groups["model"], groups["task"], groups["criterion"]
+def backbone_config(groups: Mapping[str, Options]) -> dict[str, Any]:
+    """Return the frontend and the encoder; the defaults are those of fairseq's `HubertConfig`."""
+    model, task = groups["model"], groups["task"]
     layers = parse_convolutions(model.get("conv_feature_layers", CONVOLUTIONS))
     if len({channels for channels, _, _ in layers}) != 1:
         raise HarkenError(f"`conv_feature_layers` must have one number of channels to be read, got {layers}")
     mode = model.get("extractor_mode", "default")
     if mode not in EXTRACTORS:
         raise HarkenError(f"`extractor_mode` must be one of {', '.join(EXTRACTORS)}, got {mode!r}")
-    dim = model.get("encoder_embed_dim", 768)
     frontend = {
         "name": "waveform",
         "sample_rate": task.get("sample_rate", 16000),
@@ -105,7 +118,7 @@ def model_config(groups: Mapping[str, Options], classes: list[int]) -> dict[str,
     }
     encoder = {
         "name": "transformer",
-        "dim": dim,
+        "dim": model.get("encoder_embed_dim", 768),
         "layers": model.get("encoder_layers", 12),
         "heads": model.get("encoder_attention_heads", 12),
         "ffn_dim": model.get("encoder_ffn_embed_dim", 3072),
@@ -118,7 +131,12 @@ def model_config(groups: Mapping[str, Options], classes: list[int]) -> dict[str,
         "position_kernel": model.get("conv_pos", 128),
         "position_groups": model.get("conv_pos_groups", 16),
     }
-    final = model.get("final_dim", 0)
+    return {"frontend": frontend, "encoder": encoder}
+
+
+def hubert_config(groups: Mapping[str, Options], classes: list[int]) -> dict[str, Any]:
+    """Return the slots that describe a HuBERT; the defaults are those of fairseq's `HubertConfig`."""
+    model, criterion = groups["model"], groups["criterion"]
     # a criterion without loss weights adds no penalty; a checkpoint without a criterion says nothing of it
     penalty = 0.0 if criterion else 10.0
     objective = {
@@ -126,14 +144,45 @@ def model_config(groups: Mapping[str, Options], classes: list[int]) -> dict[str,
         "classes": classes,
         "mask_probability": model.get("mask_prob", 0.65),
         "mask_length": model.get("mask_length", 10),
-        "code_dim": final if final > 0 else dim,
+        "code_dim": _code_dim(model),
         "temperature": model.get("logit_temp", 0.1),
         "masked_weight": 0.0 if model.get("skip_masked") else criterion.get("pred_masked_weight", 1.0),
         "unmasked_weight": 0.0 if model.get("skip_nomask") else criterion.get("pred_nomask_weight", 0.0),
         "penalty_weight": _list(criterion.get("loss_weights"), [penalty])[0],
         "separate_projections": model.get("untie_final_proj", False),
     }
-    return {"frontend": frontend, "encoder": encoder, "objective": objective}
+    return {**backbone_config(groups), "objective": objective}
+
+
+def wav2vec2_config(groups: Mapping[str, Options]) -> dict[str, Any]:
+    """Return the slots that describe a wav2vec 2.0; the defaults are those of fairseq's `Wav2Vec2Config`."""
+    model, criterion = groups["model"], groups["criterion"]
+    weights = _list(criterion.get("loss_weights"), [0.0, 0.0] if criterion else [0.1, 10.0])
+    start, end, decay = _list(model.get("latent_temp"), [2.0, 0.5, 0.999995])
+    objective = {
+        "name": "wav2vec2",
+        "mask_probability": model.get("mask_prob", 0.65),
+        "mask_length": model.get("mask_length", 10),
+        "negatives": model.get("num_negatives", 100),
+        "groups": model.get("latent_groups", 2),
+        "entries": model.get("latent_vars", 320),
+        "quantizer_dim": model.get("latent_dim", 0),
+        "code_dim": _code_dim(model),
+        "temperature": model.get("logit_temp", 0.1),
+        "gumbel_start": start,
+        "gumbel_end": end,
+        "gumbel_decay": decay,
+        "feature_dropout": model.get("dropout_features", 0.0),
+        "diversity_weight": weights[0],
+        "diversity_over": "batch",
+        "penalty_weight": weights[-1],
+    }
+    return {**backbone_config(groups), "objective": objective}
+
+
+def _code_dim(model: Options) -> int:
+    final = model.get("final_dim", 0)
+    return int(final if final > 0 else model.get("encoder_embed_dim", 768))
 
 
 def training_config(groups: Mapping[str, Options], source: str, updates: int) -> dict[str, Any]:
@@ -142,12 +191,13 @@ def training_config(groups: Mapping[str, Options], source: str, updates: int) ->
     `data.train` cannot be known and says so. Without `max_update`, or where it is 0 (no limit), the steps are the
     updates that were made, and 1 where none were.
     """
+    published_gpus, published_clip = (64, 0.0) if kind_of(groups["model"]) == "wav2vec2" else (32, 10.0)
     task, data, run = groups["task"], groups["dataset"], groups["optimization"]
     optimizer, schedule = groups["optimizer"], groups["lr_scheduler"]
     rate = task.get("sample_rate", 16000)
     batch_seconds = data.get("max_tokens", 1_400_000) / rate
     crop = task.get("max_sample_size")
-    gpus = groups["distributed_training"].get("distributed_world_size", 32)
+    gpus = groups["distributed_training"].get("distributed_world_size", published_gpus)
     return {
         "optimizer": {
             "name": "adamw",
@@ -171,7 +221,7 @@ def training_config(groups: Mapping[str, Options], source: str, updates: int) ->
             "max_seconds": batch_seconds,
             "seconds_per_step": batch_seconds * gpus * _list(run.get("update_freq"), [1])[0],
         },
-        "train": {"steps": run.get("max_update") or updates or 1, "clip_norm": run.get("clip_norm", 10.0)},
+        "train": {"steps": run.get("max_update") or updates or 1, "clip_norm": run.get("clip_norm", published_clip)},
     }
 
 

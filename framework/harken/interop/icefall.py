@@ -22,8 +22,8 @@ from harken.core.errors import HarkenError
 from harken.core.files import check_replaceable, sha256_file
 from harken.encoders.backbone import build_backbone
 from harken.interop import fairseq
-from harken.interop.fairseq_options import GROUPS, check_supported, model_config, not_carried_over, training_config
-from harken.interop.imported import Imported, write_imported
+from harken.interop.fairseq_options import GROUPS, check_supported, hubert_config, not_carried_over, training_config
+from harken.interop.imported import Imported, classes_line, write_imported
 from harken.interop.names import rename_weights
 from harken.interop.unpickle import plain, read_checkpoint
 
@@ -119,7 +119,7 @@ def read_average(paths: Sequence[Path], *, running: bool = False) -> Imported:
     config, notes = _config(plain(options), weights, source)
     objective = build("objective", config.objective, run=config, backbone=build_backbone(config))
     load_into(objective, weights, source)
-    return Imported(config, weights, (), _updates(newest), notes)
+    return Imported(config, weights, (), _updates(newest), notes, classes_line(config.objective.classes))
 
 
 def _read(path: Path, *, running: bool) -> Mapping[str, Any]:
@@ -180,7 +180,7 @@ def _config(options: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
     transformer = "encoder_dim" not in given
     if transformer:
         check_supported({**given, "_name": "hubert"}, path)
-    slots = model_config(groups, classes)
+    slots = hubert_config(groups, classes)
     if not transformer:
         slots["encoder"] = _zipformer(given, path)
     for unused in ("code_dim", "separate_projections"):

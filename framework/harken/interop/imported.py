@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ class Imported:
 
     symbols: for each codebook, the unit that each class stands for (empty where the checkpoint has no dictionary).
     updates: how long it was trained, 0 where the checkpoint does not say. notes: options that are not carried over.
+    targets: what it predicts, in words.
     """
 
     config: RunConfig
@@ -27,6 +28,12 @@ class Imported:
     symbols: tuple[tuple[str, ...], ...]
     updates: int
     notes: tuple[str, ...]
+    targets: str
+
+
+def classes_line(classes: Sequence[int]) -> str:
+    """Return in words how many classes each codebook has."""
+    return f"classes: {', '.join(map(str, classes))}"
 
 
 def write_imported(folder: Path, imported: Imported, source: Mapping[str, Any]) -> None:

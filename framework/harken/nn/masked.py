@@ -22,3 +22,17 @@ def normalise_over_time(x: Tensor, lengths: Tensor | None, eps: float = 1e-5) ->
     centred = (x - mean) * real
     variance = centred.square().sum(1, keepdim=True) / count
     return centred * (variance + eps).rsqrt()
+
+
+def summed_mean_squares(frames: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
+    """Return the sum over sequences of (mean square of the real frames) x (count): a features penalty.
+
+    It is weighed by each sequence's targets, so that it does not depend on how sequences share batches; where lengths
+    and counts are equal it is the mean over the batch times all targets, as in fairseq.
+
+    frames: `(B, T, C)`. lengths: `(B,)` frames. counts: `(B,)`.
+    """
+    squares = frames.float().square().mean(-1)
+    length = lengths.to(frames.device).clamp(min=1)
+    real = torch.arange(frames.shape[1], device=frames.device)[None, :] < length[:, None]
+    return ((squares * real).sum(1) / length * counts.to(frames.device)).sum()

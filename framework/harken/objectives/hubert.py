@@ -22,6 +22,7 @@ from harken.core.loss import Loss, Metrics
 from harken.data.check import Cuts, Doubt
 from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
+from harken.nn.masked import summed_mean_squares
 from harken.objectives.base import Objective
 from harken.units.alignment import UnitReader
 from harken.units.coverage import check_same_units
@@ -79,11 +80,8 @@ class HubertPrepare:
 
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add `labels` `(B, T, C)`, and `masked`, `unmasked`: positions of those frames in the flattened `(B * T)`."""
-        lengths = self.spec.num_frames(batch.lengths).numpy()
-        size = int(self.spec.num_frames(batch.inputs.shape[1]))
-        masked = np.zeros((len(batch.ids), size), dtype=np.bool_)
-        for row, (cut, length, own) in enumerate(zip(batch.ids, lengths, draws, strict=True)):
-            masked[row, :length] = self.mask.draw(int(length), own.generator("mask", cut))
+        masked, lengths = self.mask.draw_rows(batch, draws, self.spec)
+        size = masked.shape[1]
         real = np.arange(size)[None, :] < lengths[:, None]
         labels = self.units.read(batch, size)
         targets = {
@@ -197,7 +195,7 @@ class Hubert(Objective):
         if self.config.penalty_over_padding:
             penalty = frames.float().square().mean() * batch.num_targets
         else:
-            penalty = self._penalty(frames, lengths, mask)
+            penalty = summed_mean_squares(frames, lengths, mask.sum(1))
         metrics["features_penalty"] = (penalty.detach(), penalty.new_tensor(batch.num_targets))
         return Loss(total=encoded.penalised(total + self.config.penalty_weight * penalty), metrics=metrics)
 
@@ -220,11 +218,3 @@ class Hubert(Objective):
         metrics["loss" if where == "masked" else "loss_unmasked"] = (loss.detach(), count)
         metrics[f"accuracy_{where}"] = (torch.stack(hits).sum().float(), count * len(losses))
         return loss
-
-    @staticmethod
-    def _penalty(frames: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        """Return the sum over utterances of (mean square of real frames) x (masked frames)."""
-        squares = frames.float().square().mean(-1)
-        count = lengths.to(frames.device).clamp(min=1)
-        real = torch.arange(frames.shape[1], device=frames.device)[None, :] < count[:, None]
-        return ((squares * real).sum(1) / count * mask.sum(1)).sum()
