@@ -75,5 +75,5 @@ class GatedAttention(SelfAttention):
         """
         parts: Tensor = self.gate(x.unflatten(-1, (self.heads, -1)))
         update, reset = parts.unflatten(-1, (2, GATE_PARTS // 2)).sum(-1).sigmoid().unbind(-1)
-        gate = update * (reset * self.gate_scale - 1.0) + 2.0
+        gate: Tensor = update * (reset * self.gate_scale - 1.0) + 2.0
         return gate.transpose(1, 2)[..., None]

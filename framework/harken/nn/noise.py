@@ -29,9 +29,11 @@ def normal_of(keys: Tensor, count: int) -> Tensor:
     x = x ^ _shifted(x, 31)
     radius = (_shifted(x, 40).float() + 1.0) * _UNIT  # in (0, 1], as its logarithm is taken
     angle = (x & 0xFFFFFF).float() * (2.0 * math.pi * _UNIT)
-    return (-2.0 * radius.log()).sqrt() * angle.cos()
+    normal: Tensor = (-2.0 * radius.log()).sqrt() * angle.cos()
+    return normal
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """Shift to the right as unsigned numbers are shifted; torch's int64 copies the sign."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted

@@ -149,7 +149,8 @@ class Bestrq(Objective):
         last = (counts.to(inputs.device) - 1).clamp(min=0)
         rows = torch.arange(len(energies), device=inputs.device)[:, None]
         stacked = energies[rows, torch.minimum(places, last[:, None])].unflatten(1, (frames, many)).flatten(2)
-        return self.quantiser(stacked.flatten(0, 1)).unflatten(0, (len(energies), frames))
+        codes: Tensor = self.quantiser(stacked.flatten(0, 1)).unflatten(0, (len(energies), frames))
+        return codes
 
     def head_flops(self, frames: int) -> float:
         """Count output layers over the expected masked frames, and a third of the targets: they have no backward."""
