@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from harken.apps.main import main
-from harken.config.load import from_dict, to_yaml
+from harken.config.load import from_dict, load, to_yaml
 from harken.core.batch import Batch
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
@@ -271,6 +271,18 @@ def test_a_run_learns_logs_its_codebooks_and_resumes(corpus, tmp_path) -> None:
     assert whole[0]["loss"] == pytest.approx(math.log(24), rel=0.15)
     steps(tmp_path / "parts", 2)
     assert [record["loss"] for record in steps(tmp_path / "parts", 4)] == [record["loss"] for record in whole]
+
+
+@torch.no_grad()
+def test_the_preset_builds_and_starts_at_the_entropy_of_its_codes(corpus) -> None:
+    given = [f"data.train={corpus.train}", "encoder.layers=2"]
+    config = load(["bestrq_base"], given).config
+    model = build_objective(config).eval()
+    batch = batch_of(corpus, config, count=1)
+    value, weight = model(batch).metrics["loss"]
+    assert float(value / weight) == pytest.approx(math.log(8192), rel=0.1)
+    assert model.backbone.spec.rate == 25
+    assert model.quantiser.projections.shape == (1, 320, 16)
 
 
 def test_frames_that_are_no_multiple_of_10_ms_are_refused(corpus) -> None:

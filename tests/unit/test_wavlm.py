@@ -12,15 +12,18 @@ import soundfile
 import torch
 from lhotse import CutSet, MonoCut, Recording
 
+from harken.config.load import load
 from harken.config.schema import DataConfig
 from harken.core.batch import Note
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.data.augment import Augmentation
+from harken.data.dataset import MicroBatches, Task
 from harken.data.manifest import Manifest
 from harken.data.mixing import overlay
 from harken.encoders.wavlm import WavlmConfig
 from harken.nn.gated_position_bias import GatedAttention, PositionBias, position_buckets
+from harken.objectives.saved import build_objective, build_prepare
 
 RATE = 16000
 
@@ -116,6 +119,15 @@ def test_scores_beyond_half_precision_do_no_harm(frames: int) -> None:
 def test_buckets_that_do_not_fit_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(HarkenError, match=r"`encoder.position_buckets` must be a multiple of 4, and"):
         WavlmConfig(name="wavlm", **settings)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("wavlm_base", 94.70), ("wavlm_large", 316.62)])
+def test_a_preset_has_as_many_parameters_as_the_paper_says(name: str, millions: float) -> None:
+    """Source: arXiv 2110.13900 section IV-A, the head for 500 units included."""
+    config = load([name], ["data.train=train.jsonl", "data.labels=[units]"]).config
+    with torch.device("meta"):
+        model = build_objective(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
 # Mixing
@@ -217,9 +229,6 @@ def test_what_is_mixed_follows_from_seed_epoch_and_cut(speech: Path) -> None:
 
 def test_a_cut_is_mixed_alike_in_every_batch_and_its_labels_stay_its_own(corpus) -> None:
     """Whatever ranks and workers: they change which cuts share a batch."""
-    from harken.data.dataset import MicroBatches, Task
-    from harken.objectives.saved import build_objective, build_prepare
-
     config = corpus.config("hubert", "filterbank", "data.mixing_probability=1.0")
     spec = build_objective(config).backbone.spec
     train = Manifest(config.data.train)
