@@ -53,7 +53,7 @@ def test_the_plateau_does_not_know_how_long_the_run_is() -> None:
 
 
 def test_the_infinite_schedule_has_four_phases() -> None:
-    """Warm-up, cosine cooldown, constant, exponential annealing: arXiv 2503.02844 section 3."""
+    """Warm-up, cosine cooldown, constant, exponential annealing: arXiv 2503.02844."""
     top, flat, low, warm, cool, begin = 1e-3, 4e-4, 1e-5, 50, 250, 800  # eta and the ends of the phases
     rate = schedule(
         "infinite", peak=top, constant=flat, end=low, warmup_steps=warm, cooldown_steps=cool - warm, anneal_steps=200

@@ -58,7 +58,7 @@ def test_the_bias_of_a_pair_is_that_of_its_offset() -> None:
 
 
 def reference(module: GatedAttention, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Equations 4 to 8 of arXiv 2110.13900, a frame and a head at a time, for `(T, D)`.
+    """The gated bias of arXiv 2110.13900, a frame and a head at a time, for `(T, D)`.
 
     As released: from the layer's input, and with 1 - u for the paper's g_update, which only turns the sign of weights.
     """
@@ -123,7 +123,7 @@ def test_buckets_that_do_not_fit_are_refused(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "millions"), [("wavlm_base", 94.70), ("wavlm_large", 316.62)])
 def test_a_preset_has_as_many_parameters_as_the_paper_says(name: str, millions: float) -> None:
-    """Source: arXiv 2110.13900 section IV-A, the head for 500 units included."""
+    """Source: arXiv 2110.13900, the head for 500 units included."""
     config = load([name], ["data.train=train.jsonl", "data.labels=[units]"]).config
     with torch.device("meta"):
         model = build_objective(config)

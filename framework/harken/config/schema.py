@@ -42,7 +42,7 @@ class DataConfig:
     """Lowest and highest signal-to-noise ratio in dB."""
     mixing_probability: float = 0.0
     """Share of the cuts over a part of which another utterance or a noise is mixed, drawn anew each epoch. 0.2 in WavLM
-    (arXiv 2110.13900 section IV-A)."""
+    (arXiv 2110.13900)."""
     mixing_speech: str | None = None
     """Manifest of the utterances to mix in; those of `train` when None."""
     mixing_noise: str | None = None

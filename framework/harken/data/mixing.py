@@ -26,7 +26,7 @@ class Mixing:
 
     The original mixes the utterances of a batch. Here another utterance is drawn from the whole manifest and read for
     it, so that what a cut is mixed with follows from (seed, epoch, cut id), whatever it shares its batch with.
-    Source: arXiv 2110.13900 section III-C, algorithm 1.
+    Source: arXiv 2110.13900 algorithm 1.
     """
 
     config: DataConfig

@@ -15,7 +15,7 @@ from harken.nn.gated_position_bias import GATE_PARTS, GatedAttention, PositionBi
 
 @dataclass(frozen=True, kw_only=True)
 class WavlmConfig(TransformerConfig):
-    """Defaults are WavLM Base's (arXiv 2110.13900 section IV; Microsoft's `WavLMConfig` and released checkpoints)."""
+    """Defaults are WavLM Base's (arXiv 2110.13900; Microsoft's `WavLMConfig` and HuBERT Base's for the training)."""
 
     position_buckets: int = 320
     """Buckets of key position minus query position, a multiple of 4: half for keys that come later, and half of each
@@ -41,7 +41,7 @@ class Wavlm(Transformer):
 
     Large models overflow in fp16 where scores are kept in half precision, against which the paper rescales them by 32
     and subtracts their maximum before the softmax. torch's fused kernels keep scores in float32 and subtract the
-    maximum, which computes the same without a pass over the scores. Source: arXiv 2110.13900 section III-D.
+    maximum, which computes the same without a pass over the scores. Source: arXiv 2110.13900.
     """
 
     attention = GatedAttention

@@ -33,7 +33,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     *fairseq.NAMES,
 )
 UNITS = 500
-"""Clusters that WavLM Base was trained to predict: those of HuBERT Base's second iteration (arXiv 2110.13900 IV-A)."""
+"""Clusters that WavLM Base was trained to predict: those of HuBERT Base's second iteration (arXiv 2110.13900)."""
 
 
 def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:

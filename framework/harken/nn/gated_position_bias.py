@@ -1,6 +1,6 @@
 """WavLM's gated relative position bias.
 
-Source: arXiv 2110.13900 section III-B, equations 4 to 8; buckets: T5, arXiv 1910.10683. Names and details follow
+Source: arXiv 2110.13900, "gated relative position bias"; buckets: T5, arXiv 1910.10683. Names and details follow
 Microsoft's released `modules.py`, so that its checkpoints load.
 """
 

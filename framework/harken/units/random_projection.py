@@ -16,7 +16,7 @@ class RandomProjection(nn.Module):
 
     dim: width of an input. code_dim: of a code. codes: of each codebook. The projections start as Xavier's uniform ones
     and the codes as normal vectors, of which only the direction matters.
-    Source: BEST-RQ, arXiv 2202.01855 section 3.1; several codebooks: USM, arXiv 2303.01037 section 3.2.
+    Source: BEST-RQ, arXiv 2202.01855 section 3.1; several codebooks: USM, arXiv 2303.01037.
     """
 
     projections: Tensor

@@ -54,7 +54,7 @@ class InfiniteConfig(SlotConfig):
 
 @register("schedule", InfiniteConfig)
 class Infinite:
-    """The infinite schedule with a cosine cooldown. Source: "Beyond Cosine Decay", arXiv 2503.02844 section 3."""
+    """The infinite schedule with a cosine cooldown. Source: "Beyond Cosine Decay", arXiv 2503.02844."""
 
     def __init__(self, config: InfiniteConfig, steps: int) -> None:
         self.config, self.steps = config, steps

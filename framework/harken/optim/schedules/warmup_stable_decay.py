@@ -46,7 +46,7 @@ class WarmupStableDecayConfig(SlotConfig):
 class WarmupStableDecay:
     """Linear warm-up, a plateau, and a decay whose length is a share of the run.
 
-    Source: MiniCPM, arXiv 2404.06395 section 4; the shape of the decay: arXiv 2405.18392 equation 1.
+    Source: MiniCPM, arXiv 2404.06395 section 4; the shape of the decay: arXiv 2405.18392.
     """
 
     def __init__(self, config: WarmupStableDecayConfig, steps: int) -> None:
