@@ -41,7 +41,7 @@ def noises(tmp_path: Path) -> Path:
 
 def augment(samples: np.ndarray, cut: str = "a", *, seed: int = 1, epoch: int = 0, **options) -> np.ndarray:
     notes: list[Note] = []
-    augmented = Augmentation.build(DataConfig(train="none", **options))(samples, cut, Draws(seed, epoch), notes)
+    augmented = Augmentation.build(DataConfig(train="none", **options), None)(samples, cut, Draws(seed, epoch), notes)
     assert notes == []
     return augmented
 
@@ -109,7 +109,7 @@ def test_a_noise_that_cannot_be_read_is_named_and_its_cut_stays_as_it_is(noises:
     options = {"noise": str(noises), "noise_probability": 1.0}
     notes: list[Note] = []
     samples = tone(300, 1.0)
-    augmentation = Augmentation.build(DataConfig(train="none", **options))
+    augmentation = Augmentation.build(DataConfig(train="none", **options), None)
     assert np.array_equal(augmentation(samples, "good", Draws(1, 0), notes), samples)
     (note,) = notes
     assert note.kind == "noise left out"

@@ -255,6 +255,9 @@ def every_key() -> list[tuple[str, str]]:
     return keys
 
 
+WARMED = ("cosine", "infinite", "linear", "warmup_stable_decay")
+
+
 @pytest.mark.parametrize(("key", "part"), every_key())
 def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, part: str) -> None:
     """Each value is given once more as an argument, and comes back as it was, by that argument."""
@@ -265,10 +268,17 @@ def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, pa
         "eden": ["schedule.lr_hours=10"],
         "ctc": ["objective.tokenizer=t"],
         "transducer": ["objective.tokenizer=t"],
+        "eden": ["schedule.lr_hours=10"],
+        "infinite": [
+            "schedule.constant=1e-4",
+            "schedule.cooldown_steps=5",
+            "schedule.anneal_steps=5",
+            "schedule.end=1e-5",
+        ],
     }
     peak = ["schedule.peak=1e-3", "schedule.warmup_steps=5"]
     base = [f"{slot}.name={part}", *required.get(part, [])] if part else []
-    base += peak[: {"linear": 2, "tri_stage": 1}.get(part, 0)]
+    base += peak[: {"tri_stage": 1}.get(part, 2 if part in WARMED else 0)]
     before = load([small], base).config
     value = flatten(asdict(before)).get(key, {})
     text = OmegaConf.to_yaml(OmegaConf.create({"v": value}), resolve=True).strip()[2:].strip() if value != () else "[]"

@@ -50,8 +50,9 @@ def run(args: argparse.Namespace) -> int:
     millions = sum(weight.numel() for weight in imported.weights.values()) / 1e6
     with torch.device("meta"):
         backbone = build_backbone(config)
+    headless = all(name.startswith("backbone.") for name in imported.weights)
     layers = f"{backbone.encoder.num_layers} {config.encoder.name} layers of {backbone.dim}"
-    print(f"{args.out}: {objective.name} on {layers}")
+    print(f"{args.out}: {'a backbone of' if headless else f'{objective.name} on'} {layers}")
     rate = f"{backbone.spec.rate:g} frames a second of {config.data.sample_rate} Hz audio"
     print(f"{millions:.1f} million parameters, {rate}")
     print(f"{imported.targets}; updates it was trained for: {imported.updates or 'not recorded'}")

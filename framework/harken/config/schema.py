@@ -40,6 +40,21 @@ class DataConfig:
     """Share of the cuts that get noise, drawn anew each epoch."""
     noise_snr_db: tuple[float, ...] = (10.0, 20.0)
     """Lowest and highest signal-to-noise ratio in dB."""
+    mixing_probability: float = 0.0
+    """Share of the cuts over a part of which another utterance or a noise is mixed, drawn anew each epoch. 0.2 in WavLM
+    (arXiv 2110.13900)."""
+    mixing_speech: str | None = None
+    """Manifest of the utterances to mix in; those of `train` when None."""
+    mixing_noise: str | None = None
+    """Manifest of noises to mix in; without one, utterances alone are."""
+    mixing_noise_probability: float = 0.1
+    """Share of the mixed cuts that get a noise, and no utterance. WavLM's p_n."""
+    mixing_speech_snr_db: tuple[float, ...] = (-5.0, 5.0)
+    """Lowest and highest ratio in dB to an utterance that is mixed in. WavLM, algorithm 1."""
+    mixing_noise_snr_db: tuple[float, ...] = (-5.0, 20.0)
+    """Lowest and highest ratio in dB to a noise that is mixed in. WavLM, algorithm 1."""
+    mixing_max_share: float = 0.5
+    """Largest share of a cut that is mixed, so that its own speaker stays the main one. WavLM, algorithm 1."""
     workers: int = 1
     """Loader processes for each rank; 0 reads in the training process."""
     prefetch_batches: int = 8
@@ -54,7 +69,13 @@ class DataConfig:
             "data",
             positive=("sample_rate", "max_seconds", "crop_seconds", "prefetch_batches"),
             not_negative=("min_seconds", "workers"),
-            shares=("noise_probability", "max_bad_share"),
+            shares=(
+                "noise_probability",
+                "mixing_probability",
+                "mixing_noise_probability",
+                "mixing_max_share",
+                "max_bad_share",
+            ),
         )
         if self.valid_labels and len(self.valid_labels) != len(self.labels):
             raise HarkenError(
@@ -69,8 +90,10 @@ class DataConfig:
             raise HarkenError(
                 f"`data.min_seconds` must be at most `data.max_seconds`, got {self.min_seconds} and {self.max_seconds}"
             )
-        if len(self.noise_snr_db) != 2 or self.noise_snr_db[0] > self.noise_snr_db[1]:
-            raise HarkenError(f"`data.noise_snr_db` is [lowest, highest], got {list(self.noise_snr_db)}")
+        for name in ("noise_snr_db", "mixing_speech_snr_db", "mixing_noise_snr_db"):
+            ratios = getattr(self, name)
+            if len(ratios) != 2 or ratios[0] > ratios[1]:
+                raise HarkenError(f"`data.{name}` is [lowest, highest], got {list(ratios)}")
 
 
 @dataclass(frozen=True, kw_only=True)

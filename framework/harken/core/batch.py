@@ -13,7 +13,8 @@ class Note:
     """What happened to a cut.
 
     kind: `replaced` (it could not be read), `unreadable` (the same in a stream, where nothing takes its place), `left
-    out` (it cannot be learned), `noise left out` (`cut` is a noise that could not be read), `of another length` (`cut`
+    out` (it cannot be learned), `noise left out`, `mixing left out` (`cut` is a noise or an utterance to mix
+    in that could not be read), `of another length` (`cut`
     is a shard with some that are too short or too long). cut: its id. reason: a line for the user.
     """
 

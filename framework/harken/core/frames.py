@@ -53,6 +53,16 @@ class FrameSpec:
         """Frames a second."""
         return self.sample_rate / self.stride
 
+    def middle(self, window: Window) -> tuple[int, int]:
+        """Return which windows of a finer framing of the input lie in the middle of a frame: first and how many.
+
+        Frame t has windows `first + many * t` to `first + many * (t + 1) - 1`: as many as pass from one frame to the
+        next, so that neighbouring frames share none and leave none out.
+        """
+        many = max(1, self.stride // window.stride)
+        covered = (self.receptive_field - window.kernel) // window.stride + 1
+        return max(0, -((many - covered) // 2)), many
+
     @overload
     def num_frames(self, lengths: int) -> int: ...
 

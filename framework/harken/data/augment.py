@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,29 +11,40 @@ from harken.config.schema import DataConfig
 from harken.core.batch import Note
 from harken.core.draws import Draws
 from harken.data.manifest import Manifest
+from harken.data.mixing import Mixing, gain
 from harken.data.read import Samples, UnreadableAudioError, read_cut, resample
+
+if TYPE_CHECKING:
+    from harken.data.mixture import Joined
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What `data.speed` and `data.noise` ask for; validation gets none."""
+    """What `data.speed`, `data.mixing_*` and `data.noise` ask for; validation gets none."""
 
     config: DataConfig
     noises: Manifest | None
+    mixing: Mixing | None
 
     @classmethod
-    def build(cls, config: DataConfig) -> Augmentation:
-        """Open the noise manifest if there is one."""
-        return cls(config, Manifest.filled(config.noise) if config.noise else None)
+    def build(cls, config: DataConfig, cuts: Manifest | Joined | None) -> Augmentation:
+        """Open the manifests that it takes from.
+
+        cuts: the training data, None where they are a stream.
+        """
+        noises = Manifest.filled(config.noise) if config.noise else None
+        return cls(config, noises, Mixing.build(config, cuts))
 
     def __call__(self, samples: Samples, cut: str, draws: Draws, notes: list[Note]) -> Samples:
-        """Return `samples` `(S,)` at another speed and with noise, by the draws of this cut and epoch.
+        """Return `samples` `(S,)` at another speed, mixed and with noise, by the draws of this cut and epoch.
 
         A noise that cannot be read is noted under its own id, and `samples` stay without noise.
         """
         if self.config.speed:
             rng = draws.generator("speed", cut)
             samples = change_speed(samples, self.config.speed[int(rng.integers(len(self.config.speed)))])
+        if self.mixing is not None:
+            samples = self.mixing(samples, cut, draws, notes)
         if self.noises is not None:
             samples = self._add_noise(samples, self.noises, draws.generator("noise", cut), notes)
         return samples
@@ -60,9 +72,5 @@ def change_speed(samples: Samples, factor: float) -> Samples:
 def mix(samples: Samples, noise: Samples, snr_db: float) -> Samples:
     """Add noise, repeated to the length of `samples`, at a signal-to-noise ratio in dB."""
     noise = np.resize(noise, len(samples))
-    power, noise_power = float(np.square(samples).mean()), float(np.square(noise).mean())
-    if power == 0 or noise_power == 0:
-        return samples
-    gain = np.sqrt(power / noise_power / 10 ** (snr_db / 10))
-    mixed: Samples = (samples + np.float32(gain) * noise).astype(np.float32)
+    mixed: Samples = samples + gain(samples, noise, snr_db) * noise
     return mixed

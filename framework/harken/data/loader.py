@@ -174,7 +174,8 @@ class TrainLoader:
             self.selection = Selection(
                 self.selection.places, self.selection.seconds / np.float32(slowest), self.selection.dropped
             )
-        self.dataset = MicroBatches(manifest, config, prepare, seed, hop, Augmentation.build(config), self.selection)
+        augmentation = Augmentation.build(config, manifest)
+        self.dataset = MicroBatches(manifest, config, prepare, seed, hop, augmentation, self.selection)
         if limits is None and batch.max_seconds == "auto":
             limits = LimitState.begin(Limits(batch.seconds_per_step))
         self.mixture = _mixed(leaves, self.selection, batch, seed) if leaves else None

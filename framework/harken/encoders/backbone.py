@@ -13,7 +13,7 @@ from harken.config.registry import build
 from harken.config.schema import RunConfig
 from harken.core.frames import FrameSpec
 from harken.encoders.base import Encoded, Encoder
-from harken.frontends.base import Frontend
+from harken.frontends.base import Frontend, InputNoise
 
 
 class Backbone(nn.Module):
@@ -36,15 +36,17 @@ class Backbone(nn.Module):
         """Width of a representation."""
         return self.encoder.dim
 
-    def embed(self, inputs: Tensor, lengths: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(
+        self, inputs: Tensor, lengths: Tensor, masks: Mapping[str, Tensor], noise: InputNoise | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the frontend's frames `(B, T, F)`, the encoder's masked input `(B, T, D)`, and frame lengths `(B,)`.
 
         masks: any of `band_mask` `(B, bands)`, `mask` `(B, T)` and `channel_mask` `(B, D)`, True where masked: bands
-        are blanked, frames take the mask embedding, channels are zeroed.
+        are blanked, frames take the mask embedding, channels are zeroed. noise: masks what the frontend sees.
         """
-        if "mask" not in masks:
+        if "mask" not in masks and noise is None:
             inputs = self._one_frame(inputs)
-        frames, frame_lengths = self.frontend(inputs, lengths, masks.get("band_mask"))
+        frames, frame_lengths = self.frontend(inputs, lengths, masks.get("band_mask"), noise)
         x = self.encoder.embed(frames)
         if "mask" in masks:
             x = torch.where(masks["mask"][..., None], self.mask_embedding.to(x.dtype), x)

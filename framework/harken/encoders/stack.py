@@ -65,7 +65,7 @@ class Stack(Encoder):
     """Layer norm and projection, convolutional positions, blocks with LayerDrop.
 
     norm_last: normalise what leaves the last block, for blocks whose residual path is not normalised; else what enters
-    the first. A block maps `(B, T, D)` and `attend` (see `SelfAttention`) to `(B, T, D)`.
+    the first. A block maps `(B, T, D)`, `attend` (see `SelfAttention`) and what `shared` returns to `(B, T, D)`.
     Source: arXiv 2006.11477 section 2; LayerDrop: arXiv 1909.11556. Which layers are dropped is the same on all ranks
     and micro-batches of a step, so no rank waits for a gradient that another does not make.
     """
@@ -114,14 +114,19 @@ class Stack(Encoder):
             x = self.norm(x)
         x = self.dropout(x)
         hidden = {0: x} if 0 in layers else {}
+        inputs = (attend, *self.shared(x))
         for index, block in enumerate(self.blocks, start=1):
             if not (self.training and self.stack.layer_drop and shared_uniform() < self.stack.layer_drop):
-                x = checkpoint(block, x, attend, use_reentrant=False) if self.checkpoint_blocks else block(x, attend)
+                x = checkpoint(block, x, *inputs, use_reentrant=False) if self.checkpoint_blocks else block(x, *inputs)
             if index in layers:
                 hidden[index] = x
         if self.norm_last:
             x = self.norm(x)
         return Encoded(x, hidden, lengths)
+
+    def shared(self, frames: Tensor) -> tuple[Tensor, ...]:
+        """Return what all blocks take besides their input `(B, T, D)`, computed once a forward pass; nothing here."""
+        return ()
 
     def block_flops(self, frames: int) -> float:
         """Return the forward operations of one block over `frames`, attention included."""

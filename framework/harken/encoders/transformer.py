@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,12 +24,15 @@ class TransformerConfig(StackConfig):
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, each a residual branch, normalised after (Base) or before (Large) the branch."""
+    """Self-attention and feed-forward, each a residual branch, normalised after (Base) or before (Large) the branch.
 
-    def __init__(self, config: TransformerConfig) -> None:
+    attention: its kind.
+    """
+
+    def __init__(self, config: TransformerConfig, attention: type[SelfAttention] = SelfAttention) -> None:
         super().__init__()
         self.norm_first = config.norm_first
-        self.attention = SelfAttention(config.dim, config.heads, config.attention_dropout)
+        self.attention = attention(config.dim, config.heads, config.attention_dropout)
         self.attention_norm = nn.LayerNorm(config.dim)
         self.up = nn.Linear(config.dim, config.ffn_dim)
         self.down = nn.Linear(config.ffn_dim, config.dim)
@@ -41,12 +44,12 @@ class Block(nn.Module):
         y: Tensor = self.dropout(self.down(self.activation_dropout(functional.gelu(self.up(x)))))
         return y
 
-    def forward(self, x: Tensor, attend: Tensor | None) -> Tensor:
-        """Map `(B, T, D)` to `(B, T, D)`; `attend` as in `SelfAttention`."""
+    def forward(self, x: Tensor, attend: Tensor | None, *shared: Tensor) -> Tensor:
+        """Map `(B, T, D)` to `(B, T, D)`; `attend` as in `SelfAttention`, `shared` is what else the attention takes."""
         if self.norm_first:
-            x = x + self.dropout(self.attention(self.attention_norm(x), attend))
+            x = x + self.dropout(self.attention(self.attention_norm(x), attend, *shared))
             return x + self._feed_forward(self.ffn_norm(x))
-        x = self.attention_norm(x + self.dropout(self.attention(x, attend)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, attend, *shared)))
         y: Tensor = self.ffn_norm(x + self._feed_forward(x))
         return y
 
@@ -55,8 +58,10 @@ class Block(nn.Module):
 class Transformer(Stack):
     """A stack of self-attention and feed-forward blocks; see `Stack`."""
 
+    attention: ClassVar[type[SelfAttention]] = SelfAttention
+
     def __init__(self, config: TransformerConfig, input_dim: int) -> None:
-        super().__init__(config, input_dim, lambda: Block(config), norm_last=config.norm_first)
+        super().__init__(config, input_dim, lambda: Block(config, self.attention), norm_last=config.norm_first)
         self.config = config
 
     def feed_forwards(self) -> Sequence[nn.Module]:

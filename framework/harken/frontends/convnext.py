@@ -16,6 +16,7 @@ from harken.config.rules import check_numbers
 from harken.core.batch import padding_mask
 from harken.core.errors import HarkenError
 from harken.core.frames import Window
+from harken.frontends.base import InputNoise
 from harken.frontends.filterbank import LogMelConfig, LogMelFrontend
 from harken.nn.bias_norm import BiasNorm
 from harken.nn.gradients import scale_gradient
@@ -149,10 +150,12 @@ class Convnext(LogMelFrontend):
         super().__init__(config, (Window(3, 1), Window(3, 2), Window(3, 1)))
         self.embedding = ConvEmbedding(config)
 
-    def forward(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None, noise: InputNoise | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return frames `(B, T, channels)` and lengths; a masked band is set to its mean over the utterance."""
         frames = self.spec.num_frames(lengths)
-        return self.embedding(self.log_energies(inputs, lengths, band_mask), frames), frames
+        return self.embedding(self.log_energies(inputs, lengths, band_mask, noise), frames), frames
 
     def flops(self, samples: int) -> float:
         """Count the mel product and the embedding; see `Frontend`."""

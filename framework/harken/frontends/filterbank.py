@@ -15,7 +15,7 @@ from harken.config.registry import SlotConfig, register
 from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
-from harken.frontends.base import Frontend
+from harken.frontends.base import Frontend, InputNoise
 from harken.nn.masked import normalise_over_time
 
 
@@ -188,12 +188,16 @@ class LogMelFrontend(Frontend):
         self.log_mel = LogMel(config)
         self.spec = FrameSpec((Window(self.log_mel.size, self.log_mel.hop), *windows), config.sample_rate)
 
-    def log_energies(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None) -> Tensor:
+    def log_energies(
+        self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None, noise: InputNoise | None
+    ) -> Tensor:
         """Return `(B, T, bands)`, a frame each 10 ms; a masked band is set to its mean over the utterance."""
         x: Tensor = self.log_mel(inputs)
         if self.normalize:
             count = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)
             x = normalise_over_time(x, count if bool((count < x.shape[1]).any()) else None)
+        if noise is not None:
+            x = noise.replace(x, self.spec, self.spec.windows[0])
         return x if band_mask is None else x.masked_fill(band_mask[:, None, :], 0.0)
 
     def mel_frames(self, samples: int) -> int:
@@ -219,9 +223,11 @@ class Filterbank(LogMelFrontend):
             else TimeFrequencySubsampling(config, strides)
         )
 
-    def forward(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None, noise: InputNoise | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return frames `(B, T, channels)` and lengths; see `LogMelFrontend` for masked bands."""
-        return self.subsampling(self.log_energies(inputs, lengths, band_mask)), self.spec.num_frames(lengths)
+        return self.subsampling(self.log_energies(inputs, lengths, band_mask, noise)), self.spec.num_frames(lengths)
 
     def flops(self, samples: int) -> float:
         """Count the mel product and the convolutions; see `Frontend`."""

@@ -13,7 +13,7 @@ from harken.config.registry import SlotConfig, register
 from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
-from harken.frontends.base import Frontend
+from harken.frontends.base import Frontend, InputNoise
 from harken.nn.gradients import scale_and_shift, scale_gradient
 from harken.nn.masked import normalise_over_time
 
@@ -121,11 +121,16 @@ class Waveform(Frontend):
             norm = ChannelNorm(channels)
         return ConvLayer(1 if index == 0 else channels, channels, window, bias=self.config.bias, norm=norm)
 
-    def forward(self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return frames `(B, T, channels)` and lengths; see `Frontend`."""
+    def forward(
+        self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None = None, noise: InputNoise | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return frames `(B, T, channels)` and lengths; see `Frontend`. Noise is relative to the utterance's level."""
         padded = bool((lengths < inputs.shape[1]).any())
         if self.config.normalize:
             inputs = normalise_over_time(inputs[..., None], lengths if padded else None).squeeze(-1)
+        if noise is not None:
+            level = (inputs.square().sum(1) / lengths.clamp(min=1).to(inputs.device)).sqrt()
+            inputs = noise.replace(inputs[..., None], self.spec, Window(1, 1), level[:, None, None]).squeeze(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.grad_scale > 0):
             x = inputs[:, None, :]
             first = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)

@@ -40,12 +40,14 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
         """Attend within each sequence.
 
-        x: `(B, T, D)`. attend: `(B, 1, 1, T)` bool, True where a key may be attended to; None when nothing is padded,
-        which lets torch choose its flash kernel.
+        x: `(B, T, D)`. attend: `(B, 1, 1, T)` bool, True where a key may be attended to, or floats `(B, H, T, T)` that
+        are added to the scores; None when nothing is padded, which lets torch choose its flash kernel.
         """
         batch, time, dim = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
+        if attend is not None and attend.is_floating_point():
+            attend = attend.to(q.dtype)  # the kernels take what is added in the type of what it is added to
         with _kernel(q):
             y = functional.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
         result: Tensor = self.out(y.transpose(1, 2).reshape(batch, time, dim))

@@ -55,7 +55,7 @@ class StreamLoader:
             shards=self.shards,
             config=config,
             prepare=prepare,
-            augmentation=Augmentation.build(config),
+            augmentation=Augmentation.build(config, None),
             epochs=Epochs(len(self.shards), seed),
             position=StreamPosition(),
             readers=(),

@@ -1,0 +1,96 @@
+"""Microsoft's WavLM checkpoints as harken models, without its code.
+
+A checkpoint is one dict: `cfg`, the options of the model, and `model`, its state dict, in which the first block holds
+the table of biases that all share. Nothing of the pretraining is in it, neither head nor training options: the folder
+holds a backbone, and its configuration has HuBERT Base's training and 500 units in their place.
+Source: arXiv 2110.13900; `WavLM.py` and `modules.py` of the released code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harken.config.load import from_dict
+from harken.config.saved import load_into
+from harken.core.errors import HarkenError
+from harken.core.files import check_replaceable, sha256_file
+from harken.encoders.backbone import build_backbone
+from harken.interop import fairseq
+from harken.interop.fairseq_options import GROUPS, check_supported, hubert_config, training_config
+from harken.interop.imported import Imported, write_imported
+from harken.interop.names import rename_weights
+from harken.interop.unpickle import plain, read_checkpoint
+
+_BLOCK = r"encoder\.layers\.(\d+)\.self_attn\."
+_NEW_BLOCK = r"backbone.encoder.blocks.\1.attention."
+NAMES: tuple[tuple[str, str], ...] = (
+    (r"encoder\.layers\.0\.self_attn\.relative_attention_bias\.weight", "backbone.encoder.bias.table"),
+    (rf"{_BLOCK}grep_linear\.(weight|bias)", rf"{_NEW_BLOCK}gate.\2"),
+    (rf"{_BLOCK}grep_a", rf"{_NEW_BLOCK}gate_scale"),
+    *fairseq.NAMES,
+)
+UNITS = 500
+"""Clusters that WavLM Base was trained to predict: those of HuBERT Base's second iteration (arXiv 2110.13900)."""
+
+
+def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
+    """Read a checkpoint and write it as a model folder, which `load_backbone` and `train.init_from` open.
+
+    Raises HarkenError when the folder holds something already, when the checkpoint cannot be read, when it is of
+    another model, or when it has an option that harken does not support.
+    """
+    path, folder = Path(path), Path(folder)
+    check_replaceable(folder, kind="imported model")  # before the work
+    imported = read_wavlm(path)
+    write_imported(folder, imported, {"format": "wavlm", "checkpoint": path.name, "sha256": sha256_file(path)})
+    return imported
+
+
+def read_wavlm(path: str | Path) -> Imported:
+    """Read a checkpoint; see `import_checkpoint` for what is raised."""
+    path = Path(path)
+    state = read_checkpoint(path)
+    cfg = plain(state.get("cfg")) if isinstance(state, Mapping) else None
+    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping) or not isinstance(cfg, Mapping):
+        raise HarkenError(f"{path} is no WavLM checkpoint: expected `cfg` and `model` in it")
+    options = {name: value for name, value in cfg.items() if value is not None}
+    weights = {
+        name: value.reshape(-1) if name.endswith(".gate_scale") else value
+        for name, value in rename_weights(_used(state["model"]), NAMES, fairseq.QUERY_KEY_VALUE, path).items()
+    }
+    try:
+        config = from_dict(_settings(options, path))
+    except TypeError as error:
+        raise HarkenError(f"{path} has an option of a wrong type: {error}") from error
+    prefix = "backbone."
+    load_into(build_backbone(config), {name.removeprefix(prefix): value for name, value in weights.items()}, path)
+    notes = ("the head: WavLM's checkpoints hold none",)
+    return Imported(config, weights, (), 0, notes, "classes: none, it holds no head")
+
+
+def _used(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the tables that other blocks than the first may hold: the first one's is passed to them."""
+    later = re.compile(r"encoder\.layers\.(?!0\.)\d+\.self_attn\.relative_attention_bias\.weight")
+    return {name: value for name, value in model.items() if not later.fullmatch(name)}
+
+
+def _settings(options: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    for name in ("relative_position_embedding", "gru_rel_pos"):
+        if not options.get(name, False):
+            raise HarkenError(
+                f"WavLM's `{name}` must be true to be read, {path} has {options.get(name)!r}: "
+                "without gated relative positions it is a plain HuBERT encoder, `--from fairseq`"
+            )
+    check_supported({**options, "_name": "hubert"}, path)
+    # what groups the training would be in are empty: the checkpoint is silent about it
+    groups = {name: options if name in ("model", "task") else {} for name in GROUPS}
+    slots = hubert_config(groups, [UNITS])
+    slots["encoder"].update(
+        name="wavlm",
+        position_buckets=options.get("num_buckets", 320),
+        position_max_distance=options.get("max_distance", 1280),
+    )
+    return {**slots, **training_config(groups, path.name, 0)}

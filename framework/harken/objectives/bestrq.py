@@ -1,0 +1,165 @@
+"""BEST-RQ: masked prediction of what a random-projection quantiser makes of the clean input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harken.config.registry import SlotConfig, register
+from harken.config.rules import check_numbers
+from harken.config.schema import RunConfig
+from harken.core.batch import Batch
+from harken.core.draws import Draws
+from harken.core.errors import HarkenError
+from harken.core.frames import FrameSpec, Window
+from harken.core.loss import Loss
+from harken.data.masking import SpanMask
+from harken.encoders.backbone import Backbone
+from harken.frontends.base import InputNoise
+from harken.frontends.filterbank import LogMel, LogMelConfig
+from harken.nn.masked import normalise_over_time
+from harken.objectives.base import Objective
+from harken.units.random_projection import RandomProjection, codebook_use
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestrqConfig(SlotConfig):
+    """Defaults are the paper's, for frames of 40 ms (arXiv 2202.01855 section 4)."""
+
+    codes: int = 8192
+    """Codes of each codebook. The paper's vocabulary size."""
+    code_dim: int = 16
+    """Width in which frames and codes are compared. The paper's codebook dimension."""
+    codebooks: int = 1
+    """Codebooks, each with a projection and an output layer of its own; 16 in USM (arXiv 2303.01037)."""
+    bands: int = 80
+    """Log-mel bands of what is quantised, whatever the frontend."""
+    mask_probability: float = 0.4
+    """Share of frames that spans would cover if they did not overlap: the paper starts one at 1 % of frames of 10 ms,
+    and each has 40 of these."""
+    mask_length: int = 10
+    """Frames of a span; 10 of 40 ms are the paper's 400 ms."""
+    mask_noise: float = 0.1
+    """Standard deviation of the noise that replaces masked input, whose own is 1 after normalisation."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "objective",
+            positive=("codes", "code_dim", "codebooks", "bands", "mask_length"),
+            not_negative=("mask_noise",),
+            shares=("mask_probability",),
+        )
+
+
+@dataclass(frozen=True)
+class BestrqPrepare:
+    """Draws the masks and the keys of the noise."""
+
+    spec: FrameSpec
+    mask: SpanMask
+
+    def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
+        """Add `mask` `(B, T)`, `noise_keys` `(B,)`, and `masked`, `real`: positions of frames in the flat `(B * T)`."""
+        lengths = self.spec.num_frames(batch.lengths).numpy()
+        size = int(self.spec.num_frames(batch.inputs.shape[1]))
+        masked = np.zeros((len(batch.ids), size), dtype=np.bool_)
+        for row, (cut, length, own) in enumerate(zip(batch.ids, lengths, draws, strict=True)):
+            masked[row, :length] = self.mask.draw(int(length), own.generator("mask", cut))
+        pairs = zip(batch.ids, draws, strict=True)
+        keys = [int(own.generator("mask noise", cut).integers(2**63)) for cut, own in pairs]
+        targets = {
+            "mask": torch.from_numpy(masked),
+            "noise_keys": torch.tensor(keys, dtype=torch.int64),
+            "masked": torch.from_numpy(np.flatnonzero(masked)),
+            "real": torch.from_numpy(np.flatnonzero(np.arange(size)[None, :] < lengths[:, None])),
+        }
+        return replace(batch, targets={**batch.targets, **targets}, num_targets=float(masked.sum()))
+
+
+@register("objective", BestrqConfig)
+class Bestrq(Objective):
+    """Replaces spans of the input by noise and predicts their codes.
+
+    The quantiser sees log-mel energies normalised over each utterance, several of 10 ms stacked to one frame of the
+    encoder; just these are what the noise replaces in a filterbank. Of several codebooks the mean is the loss.
+    Source: arXiv 2202.01855 section 3.
+    """
+
+    def __init__(self, config: BestrqConfig, run: RunConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        # `name` selects nothing here: it is a field of every slot's configuration
+        self.log_mel = LogMel(LogMelConfig(name="", sample_rate=run.data.sample_rate, bands=config.bands))
+        self.window = Window(self.log_mel.size, self.log_mel.hop)
+        if backbone.spec.stride % self.window.stride:
+            raise HarkenError(
+                f"`objective.name: {config.name}` needs frames of a multiple of {self.window.stride} samples (10 ms), "
+                f"got {backbone.spec.stride} from `frontend.name: {run.frontend.name}`"
+            )
+        stacked = backbone.spec.middle(self.window)[1] * config.bands
+        self.quantiser = RandomProjection(stacked, config.code_dim, config.codes, config.codebooks, run.seed)
+        self.head = nn.Linear(backbone.dim, config.codebooks * config.codes)
+
+    @staticmethod
+    def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> BestrqPrepare:
+        """Return the drawer of masks; they are drawn in validation too, as the loss is over masked frames."""
+        own = cast(BestrqConfig, config.objective)
+        return BestrqPrepare(spec, SpanMask(probability=own.mask_probability, length=own.mask_length))
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the cross entropy, a mean over codebooks, summed over masked frames."""
+        own, masked = self.config, batch.targets["masked"]
+        noise = InputNoise(batch.targets["mask"], batch.targets["noise_keys"], own.mask_noise)
+        _, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {}, noise)
+        encoded = self.backbone.encoder.encode(x, lengths)
+        codes = self.codes(batch.inputs, batch.lengths, x.shape[1]).flatten(0, 1)
+        logits = self.head(encoded.last.flatten(0, 1)[masked]).float().unflatten(-1, (own.codebooks, own.codes))
+        loss = functional.cross_entropy(logits.flatten(0, 1), codes[masked].flatten(), reduction="sum") / own.codebooks
+        hits = (logits.detach().argmax(-1) == codes[masked]).sum().float()
+        use, perplexity = codebook_use(codes[batch.targets["real"]], own.codes)
+        count, frames = loss.new_tensor(batch.num_targets), loss.new_tensor(float(len(batch.targets["real"])))
+        metrics = {
+            "loss": (loss.detach(), count),
+            "accuracy_masked": (hits, count * own.codebooks),
+            "codebook_use": (use * frames, frames),
+            "codebook_perplexity": (perplexity * frames, frames),
+        }
+        # noise masks here, not the backbone's embedding, which fine-tuning uses: engines expect a gradient of it
+        unused = 0.0 * self.backbone.mask_embedding.sum()
+        return Loss(total=encoded.penalised(loss + unused), metrics=metrics)
+
+    @torch.no_grad()
+    def codes(self, inputs: Tensor, lengths: Tensor, frames: int) -> Tensor:
+        """Return the codes `(B, frames, codebooks)` of clean samples `(B, S)`, int64."""
+        energies = self.log_mel(inputs)
+        counts = FrameSpec((self.window,), self.backbone.spec.sample_rate).num_frames(lengths)
+        energies = normalise_over_time(energies, counts if bool((counts < energies.shape[1]).any()) else None)
+        first, many = self.backbone.spec.middle(self.window)
+        places = first + torch.arange(frames * many, device=inputs.device)
+        # a frame at the end may see less than it is long: then the last energies are taken twice
+        last = (counts.to(inputs.device) - 1).clamp(min=0)
+        rows = torch.arange(len(energies), device=inputs.device)[:, None]
+        stacked = energies[rows, torch.minimum(places, last[:, None])].unflatten(1, (frames, many)).flatten(2)
+        codes: Tensor = self.quantiser(stacked.flatten(0, 1)).unflatten(0, (len(energies), frames))
+        return codes
+
+    def head_flops(self, frames: int) -> float:
+        """Count output layers over the expected masked frames, and a third of the targets: they have no backward."""
+        own = self.config
+        head = (1 - math.exp(-own.mask_probability)) * own.codebooks * own.codes * self.backbone.dim
+        targets = self.backbone.spec.middle(self.window)[1] * self.log_mel.mel.numel()
+        targets += self.quantiser.projections.numel() + self.quantiser.codes.numel()
+        return 2.0 * frames * (head + targets / 3)
+
+    def rate_scale(self, parameter: str, step: int) -> float:
+        """Leave the backbone's mask embedding as it starts."""
+        return 0.0 if parameter == "backbone.mask_embedding" else 1.0
