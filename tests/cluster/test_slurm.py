@@ -29,7 +29,7 @@ recipe_options=()
 usage() {{ echo "a small recipe"; }}
 . "$root/egs/shared/parse_options.sh"
 parse_options "$@"
-. "$root/egs/shared/environment.sh"
+python="$(command -v "$python")"
 . "$root/egs/shared/stages.sh"
 {stages}
 stages_summary

@@ -11,8 +11,8 @@ from pathlib import Path
 from harken.cluster.job import last_line
 from harken.cluster.record import JobRecord, Start, load_jobs, load_starts
 from harken.cluster.slurm import Queued, queue
+from harken.core.clock import duration
 from harken.core.errors import HarkenError
-from harken.train.log import duration
 
 PROGRESS = re.compile(r"\btrain (\d+)/(\d+)\b.*?(?:\beta (\S+))?$")
 
