@@ -130,14 +130,17 @@ def launch_trainer(slurm, exp: Path, steps: int, *options: str, script: str = TR
 
 
 def test_the_end_of_its_time_is_no_end_of_a_run(slurm, tmp_path: Path) -> None:
-    """A real limit of one minute in the middle of 65 s of work: saved 20 s before it, requeued, continued."""
+    """A real limit of one minute, and a warning 20 s before it, which Slurm may give up to a minute earlier."""
     exp = tmp_path / "exp"
     job = launch_trainer(slurm, exp, 650, "--time", "1:00")
-    assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=400) == "COMPLETED"
+    assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=900) == "COMPLETED"
     log = (exp / "logs/train.slurm.log").read_text()
-    assert outcomes(exp, "train") == ["requeued", "finished"], log
-    (saved,) = re.findall(r"saved step (\d+)", log)
-    assert f"continues from step {saved}" in log
+    *before, last = outcomes(exp, "train")
+    assert last == "finished"
+    assert set(before) == {"requeued"}
+    saved = re.findall(r"^saved step (\d+)", log, re.MULTILINE)
+    assert len(saved) == len(before)
+    assert re.findall(r"^continues from step (\d+)", log, re.MULTILINE) == ["0", *saved]
     assert "saved before the end of its time: requeued; the next start continues from step-" in log
 
 

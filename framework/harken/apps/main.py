@@ -23,6 +23,7 @@ VERBS = {
     "score": "word and character error rates of a hypothesis file",
     "average": "average the weights of checkpoints",
     "import": "read another toolkit's checkpoint into a harken model",
+    "plan": "compute how long a run takes and what it stores",
     "launch": "run a command as a job of a Slurm cluster",
     "status": "show the stages and jobs of an experiment and how far they are",
     "job": "what a job runs: has a command save when Slurm warns, requeues it",

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         checked = subprocess.run(preflight_command(job, args.preflight.resolve(), cluster.preflight), check=False)
         if checked.returncode != 0:
             return checked.returncode
-    _become(command)
+    return _become(command)
 
 
 def _become(command: list[str]) -> NoReturn:

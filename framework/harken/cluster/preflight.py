@@ -90,7 +90,7 @@ class Preflight:
         try:
             self._come()
             words = self._gather()
-            complaint = judge(words, self.gpus, self.expected) if self.node.number == 0 else ""
+            complaint = judge(words, self.gpus) if self.node.number == 0 else ""
             complaint = self._together(complaint)
         except HarkenError as error:
             complaint = str(error)
@@ -216,7 +216,7 @@ class Preflight:
         return complaint
 
 
-def judge(words: Sequence[Word], gpus: int, expected: PreflightConfig) -> str:
+def judge(words: Sequence[Word], gpus: int) -> str:
     """Return what is wrong with what nodes say about themselves; the first is what others are compared with."""
     for word in words:
         if word.gpus < gpus:
