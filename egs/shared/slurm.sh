@@ -14,14 +14,14 @@ submit_stage() { # NAME MARKER; sets stage_job
     if [ -n "$time" ]; then arguments+=(--time "$time"); fi
   fi
   if [ -n "$dry_run" ]; then
-    "$python" -m harken.apps.main launch "${arguments[@]}" --dry-run -- "$(command -v bash)" "$recipe/run.sh" \
+    "$python" -m harken.apps.main launch "${arguments[@]}" --dry-run -- "$(command -v bash)" "$recipe/$(basename "$0")" \
       "${given[@]}" --launcher job --stage "${name%%-*}" --stop-stage "${name%%-*}"
     stage_job="JOB_OF_$name"
     return
   fi
   # Forced, it must run even when its first start ends before it has begun the stage.
   if [ "$force" = 1 ]; then rm -f "$marker" "${marker%.done}.begun"; fi
-  stage_job="$("$python" -m harken.apps.main launch "${arguments[@]}" --parsable -- "$(command -v bash)" "$recipe/run.sh" \
+  stage_job="$("$python" -m harken.apps.main launch "${arguments[@]}" --parsable -- "$(command -v bash)" "$recipe/$(basename "$0")" \
     "${given[@]}" --launcher job --stage "${name%%-*}" --stop-stage "${name%%-*}")"
   echo "job $stage_job${after:+, after job $after}: $exp/jobs/$name.sbatch"
   stage_table+=("$(printf '%-14s job %s' "$name" "$stage_job")")

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, help="processes of each node without GPUs (default: 1)")
     parser.add_argument("--partition", help="Slurm's partition (default: that of the cluster's file)")
     parser.add_argument("--time", help="limit of a start, as sbatch reads it (default: that of the cluster's file)")
-    parser.add_argument("--after", default="", help="ids of jobs that must succeed first, separated by commas")
+    parser.add_argument(
+        "--after", default="", help="ids of jobs that must succeed first, separated by commas (default: none)"
+    )
     parser.add_argument(
         "--resumes",
         type=Path,

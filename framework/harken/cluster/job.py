@@ -47,6 +47,7 @@ class Job:
     most: int
     warned: str = ""
     _sent: float = field(default=0.0)
+    _runs: bool = field(default=True)
 
     def run(self) -> int:
         """Run the command to its end, and return the status that Slurm is told."""
@@ -73,7 +74,9 @@ class Job:
             return 127
         while True:
             with suppress(subprocess.TimeoutExpired):
-                return child.wait(0.5)
+                status = child.wait(0.5)
+                self._runs = False
+                return status
             if self.warned and time.monotonic() - self._sent > REPEAT_SECONDS:
                 self._sent = time.monotonic()
                 with suppress(ProcessLookupError):
@@ -81,7 +84,7 @@ class Job:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name.removeprefix("SIG")
-        if not self.warned:
+        if not self.warned and self._runs:
             self._sent = -REPEAT_SECONDS
             self._say(f"got {name}: asking the command to save")
         if self.warned != "TERM":
