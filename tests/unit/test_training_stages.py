@@ -131,7 +131,7 @@ def divided(processes: int, longest: float, micro_batch: float, step: float, cro
         f"batch.max_seconds {micro_batch} # c\nbatch.seconds_per_step {step} # d"
     )
     script = (
-        f'. "{ROOT}/egs/shared/training.sh"; nproc={processes}; harken_config() {{ echo "$1"; }}; divided_batch "$1"'
+        f'. "{ROOT}/egs/shared/training.sh"; processes={processes}; harken_config() {{ echo "$1"; }}; divided_batch "$1"'
     )
     done = subprocess.run(["bash", "-euc", script, "_", table], capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.strip()
@@ -169,7 +169,7 @@ def test_the_division_reads_what_harken_config_prints(tmp_path: Path) -> None:
     """The recipe's own configuration, through the command that run.sh asks."""
     script = f"""
       die() {{ echo "$*"; exit 2; }}
-      root="{ROOT}" python="{sys.executable}" nproc=2
+      root="{ROOT}" python="{sys.executable}" processes=2
       . "$root/egs/shared/environment.sh"; . "$root/egs/shared/training.sh"
       divided_batch "$root/egs/amazon_queen/conf/full/pretrain.yaml" data.train=t objective.classes=[5] \
         batch.max_seconds=36 batch.seconds_per_step=36"""

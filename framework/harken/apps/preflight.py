@@ -9,7 +9,7 @@ HELP = (
     "Check, as one process on each node of a Slurm job, that all come, see the folder and as many GPUs, agree about "
     "the time, run the same versions, and how fast they send to each other; names the node that fails."
 )
-EXAMPLE = "srun --ntasks-per-node 1 harken preflight --folder exp/base --address node1 --port 29500"
+EXAMPLE = "harken preflight --folder exp/base --address node1 --port 29500   # started by srun, once on each node"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
