@@ -144,6 +144,22 @@ def test_the_end_of_its_time_is_no_end_of_a_run(slurm, tmp_path: Path) -> None:
     assert "saved before the end of its time: requeued; the next start continues from step-" in log
 
 
+def test_a_node_that_dies_takes_no_run_with_it(slurm, wait, tmp_path: Path) -> None:
+    """kill -9 of a slurmd: Slurm takes the node for dead and starts the job again when there are two nodes."""
+    exp = tmp_path / "exp"
+    job = launch_trainer(slurm, exp, 600, "--nodes", "2")
+    slurm.wait(job, "RUNNING")
+    wait(lambda: outcomes(exp, "train") == [""])
+    slurm.daemons["n2"].kill()
+    slurm.daemons["n2"].wait()
+    slurm.wait(job, "PENDING", seconds=180)
+    slurm.start_node("n2")
+    assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", seconds=600) == "COMPLETED"
+    assert outcomes(exp, "train") == ["stopped", "finished"]
+    (saved,) = re.findall(r"^saved step (\d+)", (exp / "logs/train.slurm.log").read_text(), re.MULTILINE)
+    assert f"continues from step {saved}" in (exp / "logs/train.slurm.log").read_text()
+
+
 def test_a_crash_loop_stops_and_says_why(slurm, tmp_path: Path) -> None:
     exp = tmp_path / "exp"
     job = launch_trainer(slurm, exp, 1, script='echo "no such device"; exit 1')
