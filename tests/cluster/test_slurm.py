@@ -45,7 +45,7 @@ folder="$1" most="$2"; mkdir -p "$folder/checkpoints"
 step="$(ls "$folder/checkpoints" | tail -n 1 | sed 's/step-0*//')"; step="${step:-0}"
 echo "continues from step $step"
 save() { mkdir -p "$folder/checkpoints/$(printf step-%08d "$step")"; echo "saved step $step"; exit 75; }
-trap save USR1
+trap save USR1 TERM
 while [ "$step" -lt "$most" ]; do sleep 0.1; step=$((step + 1)); done
 echo "finished $step steps"
 """
