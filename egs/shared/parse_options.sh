@@ -3,7 +3,7 @@
 #
 # The recipe defines `recipe` (its folder) and `last_stage` before, and a function `usage` that says what it does and
 # gives examples. Variables set here: stage stop_stage mode nproc conf exp corpus force python launcher nodes gpus
-# partition time cluster dry_run, all documented below; given, the words of the command line; and processes, how many
+# partition time cluster dry_run, all documented below; given, the words of the command line but --dry-run; and processes, how many
 # train together on all nodes. The launcher `job` is for the jobs that slurm submits: one stage, spread over the job's nodes.
 # A recipe with options of its own lists them in the array `recipe_options`, as names of variables it has set already.
 
@@ -110,7 +110,10 @@ check_options() {
 }
 
 parse_options() {
-  given=("$@")
+  local word
+  for word in "$@"; do
+    if [ "$word" != --dry-run ]; then given+=("$word"); fi
+  done
   while [ $# -gt 0 ]; do
     case "$1" in
       --help | -h) usage; shared_options_help; exit 0 ;;

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harken.apps.main import main
-from harken.cluster.preflight import Word, judge, judge_measured
+from harken.cluster.preflight import Node, Preflight, Word, judge, judge_measured
 from harken.cluster.settings import FOLDER, ClusterConfig, PreflightConfig, load_cluster
 from harken.cluster.spread import Allocation, parallel_command
 
@@ -261,3 +261,11 @@ def test_a_node_with_another_clock_or_a_slow_link_is_named() -> None:
     assert slow.startswith("node n3 is slow: an all-reduce with n1 has, in GB/s, n3 4.00; expected are 40.0")
     first = judge_measured(names, [0.0, 0.0, 0.0], [5.0, 4.0, 4.0], expected)
     assert first.startswith("node n1 is slow with every other")
+
+
+def test_a_node_that_does_not_come_is_named(tmp_path: Path, capsys) -> None:
+    check = Preflight(Node(0, ["n1", "n2"], "7.0"), tmp_path, "127.0.0.1", 29500, 0, PreflightConfig(wait_seconds=1))
+    assert check.run() == 69
+    error = capsys.readouterr().err
+    assert f"harken preflight: node n2 has not come within 1 s, or does not see {tmp_path}" in error
+    assert "`--exclude=n2`" in error
