@@ -17,6 +17,7 @@ submit_stage() { # NAME MARKER; sets stage_job
     "$python" -m harken.apps.main launch "${arguments[@]}" --dry-run -- "$(command -v bash)" "$recipe/$(basename "$0")" \
       "${given[@]}" --launcher job --stage "${name%%-*}" --stop-stage "${name%%-*}"
     stage_job="JOB_OF_$name"
+    stage_table+=("$(printf '%-14s printed, not submitted' "$name")")
     return
   fi
   # Forced, it must run even when its first start ends before it has begun the stage.
