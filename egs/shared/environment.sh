@@ -16,8 +16,12 @@ harken() {
 }
 
 # One process needs no launcher; several are started by torchrun, which restarts none: a stage resumes when run again.
+# In a job they are spread over its nodes, which are checked before.
 harken_parallel() {
-  if [ "$nproc" = 1 ]; then
+  if [ "$launcher" = job ]; then
+    note_command harken parallel --processes "$nproc" -- "$@"
+    "$python" -m harken.apps.main parallel --processes "$nproc" --preflight "$exp" ${cluster:+--cluster "$cluster"} -- "$@"
+  elif [ "$nproc" = 1 ]; then
     harken "$@"
   else
     note_command torchrun --standalone --nproc-per-node "$nproc" -m harken.apps.main "$@"

@@ -13,10 +13,14 @@
 #
 # A finished stage leaves EXP/stages/NUMBER-NAME.done. One that failed or was stopped leaves .begun and runs again.
 # What a stage ran stands in NUMBER-NAME.commands beside them.
+# With --launcher slurm a stage is not run but submitted (see slurm.sh): its job runs the recipe for that stage alone.
+
+# shellcheck source=egs/shared/slurm.sh
+. "$(dirname "${BASH_SOURCE[0]}")/slurm.sh"
 
 stages_begun=$SECONDS
 stage_table=()
-stage_child="" stage_signal="" stage_status=0 stage_now="" stage_commands="" stage_anew=""
+stage_child="" stage_signal="" stage_status=0 stage_now="" stage_commands="" stage_anew="" stage_job=""
 
 # What a stage's command is: its arguments, the text of the function that it calls (not of those that this one calls),
 # the scripts among its arguments, and every resolved value of its configuration: a file that a configuration reaches
@@ -145,8 +149,13 @@ write_marker() { # MARKER HASH SECONDS WRITES
 }
 
 # The command has a process group of its own: a signal to the recipe is passed on to all of it as TERM, on which
-# training saves and exits.
+# training saves and exits. USR1, which a job repeats, is passed on as it is: torchrun would end at TERM within 30 s.
 forward_signal() { # SIGNAL
+  if [ "$1" = USR1 ]; then
+    stage_signal="$1"
+    kill -USR1 -- "-$stage_child" 2> /dev/null || true
+    return
+  fi
   if [ -n "$stage_signal" ]; then
     echo "stopped twice: killing stage $stage_now at once" >&2
     kill -KILL -- "-$stage_child" 2> /dev/null || true
@@ -174,14 +183,16 @@ run_logged() { # LOG COMMAND...
   trap 'forward_signal INT' INT
   trap 'forward_signal TERM' TERM
   trap 'forward_signal HUP' HUP
+  trap 'forward_signal USR1' USR1
   wait "$stage_child" || stage_status=$?
   # A signal ends `wait`, not the child.
   while kill -0 "$stage_child" 2> /dev/null; do
     stage_status=0
     wait "$stage_child" || stage_status=$?
   done
-  wait "$tee" || true
-  trap - INT TERM HUP
+  # What the command started may save for a while yet.
+  while kill -0 "$tee" 2> /dev/null; do wait "$tee" || true; done
+  trap - INT TERM HUP USR1
   rm -f "$pipe"
 }
 
@@ -212,8 +223,15 @@ stage() {
   mkdir -p "$exp/stages" "$exp/logs"
   printf '\n== stage %s of %s: %s\n' "$number" "$last_stage" "$name"
   hash="$(stage_hash "$@")"
-  if ! stage_due "$marker" "$hash" "$reads"; then
+  # behind a stage that has a job, what is there now says nothing about what will be
+  if [ -n "$stage_job" ]; then
+    echo "waits for job $stage_job"
+  elif ! stage_due "$marker" "$hash" "$reads"; then
     stage_table+=("$(printf '%-3s %-14s skipped' "$number" "$name")")
+    return
+  fi
+  if [ "$launcher" = slurm ]; then
+    submit_stage "$number-$name" "$marker"
     return
   fi
   begin_stage "$marker" "$hash"
@@ -240,6 +258,10 @@ stage() {
 
 # What each stage of this run cost; the last line of a recipe.
 stages_summary() {
+  if [ "$launcher" = slurm ]; then
+    submitted_summary
+    return
+  fi
   printf '\n== stages %s to %s finished in %s s\n' "$stage" "$stop_stage" "$((SECONDS - stages_begun))"
   printf '%s\n' "${stage_table[@]}"
 }

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154  # parse_options.sh sets nproc, environment.sh defines the commands
+# shellcheck shell=bash disable=SC2154  # parse_options.sh sets processes, environment.sh defines the commands
 # Stages that train. Source it after environment.sh and stages.sh.
 
 # A stage whose run in FOLDER is continued when it was interrupted, and put aside when what it is made of has changed.
@@ -16,12 +16,12 @@ train_model() { # FOLDER CONFIGURATION...
   harken_parallel train "$@" ${divided:+"$divided"} --fail-when-stopped --exp "$folder"
 }
 
-# Prints the override that makes the micro-batches of a step divide among $nproc processes: the largest size that is not
+# Prints the override that makes the micro-batches of a step divide among all processes: the largest size that is not
 # above the configured one, for memory's sake. Prints nothing where they divide already, and where they would become too
 # small for the longest cut: the loader then says what is wrong with the sizes that the user gave.
 divided_batch() { # CONFIGURATION...
-  if [ "$nproc" = 1 ]; then return; fi
-  harken_config "$@" | awk -v ranks="$nproc" '
+  if [ "$processes" = 1 ]; then return; fi
+  harken_config "$@" | awk -v ranks="$processes" '
     { value[$1] = $2 }
     END {
       step = value["batch.seconds_per_step"]; most = value["batch.max_seconds"]

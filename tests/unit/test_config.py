@@ -268,7 +268,6 @@ def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, pa
         "eden": ["schedule.lr_hours=10"],
         "ctc": ["objective.tokenizer=t"],
         "transducer": ["objective.tokenizer=t"],
-        "eden": ["schedule.lr_hours=10"],
         "infinite": [
             "schedule.constant=1e-4",
             "schedule.cooldown_steps=5",

@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"nn", "config", "core"},
     "engine": {"optim", "config", "core"},
     "train": {"engine", "optim", "data", "units", "nn", "config", "core"},
+    "cluster": {"config", "core"},
     "decode": {"data", "nn", "config", "core"},
     "evaluate": {"config", "core"},
     "interop": {"objectives", *MODELS},

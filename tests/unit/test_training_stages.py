@@ -130,9 +130,8 @@ def divided(processes: int, longest: float, micro_batch: float, step: float, cro
         f"data.max_seconds {longest} # a\ndata.crop_seconds {crop} # b\n"
         f"batch.max_seconds {micro_batch} # c\nbatch.seconds_per_step {step} # d"
     )
-    script = (
-        f'. "{ROOT}/egs/shared/training.sh"; nproc={processes}; harken_config() {{ echo "$1"; }}; divided_batch "$1"'
-    )
+    shared = f'. "{ROOT}/egs/shared/training.sh"; processes={processes}'
+    script = f'{shared}; harken_config() {{ echo "$1"; }}; divided_batch "$1"'
     done = subprocess.run(["bash", "-euc", script, "_", table], capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.strip()
 
@@ -169,9 +168,37 @@ def test_the_division_reads_what_harken_config_prints(tmp_path: Path) -> None:
     """The recipe's own configuration, through the command that run.sh asks."""
     script = f"""
       die() {{ echo "$*"; exit 2; }}
-      root="{ROOT}" python="{sys.executable}" nproc=2
+      root="{ROOT}" python="{sys.executable}" processes=2
       . "$root/egs/shared/environment.sh"; . "$root/egs/shared/training.sh"
       divided_batch "$root/egs/amazon_queen/conf/full/pretrain.yaml" data.train=t objective.classes=[5] \
         batch.max_seconds=36 batch.seconds_per_step=36"""
     done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "batch.max_seconds=18"
+
+
+def test_on_a_cluster_every_stage_is_a_job_and_those_that_train_have_the_nodes(recipe: Path) -> None:
+    options = ["--launcher", "slurm", "--nodes", "4", "--gpus", "8", "--partition", "gpu", "--time", "8:00:00"]
+    printed = run(recipe, *options, "--labels", "a b", "--dry-run")
+    labels, pretrain = printed.split("#!/bin/bash\n")[1:]
+    assert "# Runs one command on one node." in labels
+    assert "#SBATCH --nodes=1\n" in labels
+    assert "gpus" not in labels.partition("\nexec ")[0]
+    assert "#SBATCH --partition=gpu\n" in labels
+    assert "--labels 'a b' --launcher job --stage 1 --stop-stage 1" in labels
+    for line in ("nodes=4", "gpus-per-node=8", "time=8:00:00", "dependency=afterok:JOB_OF_1-labels"):
+        assert f"#SBATCH --{line}\n" in pretrain
+    assert f"--resumes {recipe}/exp/pretrain -- \\\n" in pretrain
+    assert not (recipe / "exp/jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--launcher", "sge"], "--launcher must be local or slurm, got 'sge'"),
+        (["--nodes", "2"], "--nodes, --gpus, --partition, --time and --dry-run are for --launcher slurm"),
+        (["--launcher", "slurm", "--nodes", "0"], "--nodes must be 1 or more, got '0'"),
+        (["--launcher", "slurm", "--cluster", "/no.yaml"], "--cluster must be a file, found none at /no.yaml"),
+    ],
+)
+def test_a_mistake_about_the_cluster_is_one_line(recipe: Path, arguments: list[str], message: str) -> None:
+    assert message in run(recipe, *arguments, code=2)

@@ -23,6 +23,12 @@ VERBS = {
     "score": "word and character error rates of a hypothesis file",
     "average": "average the weights of checkpoints",
     "import": "read another toolkit's checkpoint into a harken model",
+    "plan": "compute how long a run takes and what it stores",
+    "launch": "run a command as a job of a Slurm cluster",
+    "status": "show the stages and jobs of an experiment and how far they are",
+    "job": "what a job runs: has a command save when Slurm warns, requeues it",
+    "parallel": "run a verb over the nodes of a job, a process each GPU",
+    "preflight": "check that the nodes of a job can train together",
     "report": "write one HTML page about an experiment",
     "doctor": "versions, devices, what is missing and how to install it",
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from harken.core import distributed
 from harken.core.batch import Batch
+from harken.core.clock import duration
 from harken.core.draws import key
 
 
@@ -17,13 +18,6 @@ def say(text: str) -> None:
     """Print a line from the main process, with the time."""
     if distributed.is_main():
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `1h02m` or `3m05s`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
 class RunLog:

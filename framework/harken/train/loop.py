@@ -13,6 +13,7 @@ import torch
 from harken.config.schema import RunConfig
 from harken.core import distributed, progress
 from harken.core.batch import Batch, Note
+from harken.core.clock import duration
 from harken.core.errors import HarkenError
 from harken.data.loader import EvalLoader, Step, TrainLoader
 from harken.data.streams.loader import StreamLoader
@@ -21,7 +22,7 @@ from harken.optim.ema import WeightAverage
 from harken.optim.groups import RateScale, set_rates
 from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
-from harken.train.log import RunLog, duration, say
+from harken.train.log import RunLog, say
 from harken.train.metrics import Meter
 from harken.train.nonfinite import name_skipped
 from harken.train.passes import StepRunner

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for a save at the next step boundary."""
+"""SIGTERM, SIGINT and SIGUSR1 ask for a save at the next step boundary; USR1 is what a job of `harken launch` sends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = False
-        for kind in (signal.SIGTERM, signal.SIGINT):
+        for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(kind, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,36 @@
+# shellcheck shell=bash disable=SC2154  # parse_options.sh and the recipe set recipe, exp, given; stages.sh stage_job, resumes
+# Stages as jobs of a Slurm cluster. stages.sh sources it.
+#
+# A stage's job runs the recipe with the same options for that stage alone, so the same code decides there what is
+# finished and what continues. It waits for the job of the stage before; when that does not succeed, Slurm cancels it.
+
+submit_stage() { # NAME MARKER; sets stage_job
+  local name="$1" marker="$2" after="$stage_job" arguments=(--exp "$exp" --name "$1")
+  if [ -n "$partition" ]; then arguments+=(--partition "$partition"); fi
+  if [ -n "$cluster" ]; then arguments+=(--cluster "$cluster"); fi
+  if [ -n "$after" ]; then arguments+=(--after "$after"); fi
+  if [ -n "${resumes:-}" ]; then
+    arguments+=(--resumes "$resumes" --nodes "$nodes" --gpus "$gpus" --processes "$nproc")
+    if [ -n "$time" ]; then arguments+=(--time "$time"); fi
+  fi
+  if [ -n "$dry_run" ]; then
+    "$python" -m harken.apps.main launch "${arguments[@]}" --dry-run -- "$(command -v bash)" "$recipe/$(basename "$0")" \
+      "${given[@]}" --launcher job --stage "${name%%-*}" --stop-stage "${name%%-*}"
+    stage_job="JOB_OF_$name"
+    stage_table+=("$(printf '%-14s printed, not submitted' "$name")")
+    return
+  fi
+  # Forced, it must run even when its first start ends before it has begun the stage.
+  if [ "$force" = 1 ]; then rm -f "$marker" "${marker%.done}.begun"; fi
+  stage_job="$("$python" -m harken.apps.main launch "${arguments[@]}" --parsable -- "$(command -v bash)" "$recipe/$(basename "$0")" \
+    "${given[@]}" --launcher job --stage "${name%%-*}" --stop-stage "${name%%-*}")"
+  echo "job $stage_job${after:+, after job $after}: $exp/jobs/$name.sbatch"
+  stage_table+=("$(printf '%-14s job %s' "$name" "$stage_job")")
+}
+
+# What was submitted; the last line of a recipe.
+submitted_summary() {
+  printf '\n== jobs of stages %s to %s\n' "$stage" "$stop_stage"
+  printf '%s\n' "${stage_table[@]}"
+  echo "how they go: harken status $exp"
+}

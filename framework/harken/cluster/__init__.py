@@ -1,0 +1,1 @@
+"""Slurm: jobs that are written, watched over, requeued and told about."""

@@ -1,0 +1,129 @@
+"""How an experiment goes: its stages, their jobs, the last line of their logs, how far they are, how long they need."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harken.cluster.job import last_line
+from harken.cluster.record import JobRecord, Start, load_jobs, load_starts
+from harken.cluster.slurm import Queued, queue
+from harken.core.clock import duration
+from harken.core.errors import HarkenError
+
+PROGRESS = re.compile(r"\btrain (\d+)/(\d+)\b.*?(?:\beta (\S+))?$")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage or a job. state: one word, with a reason behind it where there is one. progress: steps and time to go."""
+
+    name: str
+    job: str
+    state: str
+    progress: str
+    last: str
+
+
+def status(exp: Path) -> list[Stage]:
+    """Return the stages of an experiment in their order, whether run here or as jobs.
+
+    Raises HarkenError when nothing of harken's is in the folder.
+    """
+    jobs = {job.name: job for job in load_jobs(exp)}
+    markers = {path.stem: path for kind in ("begun", "done") for path in (exp / "stages").glob(f"*.{kind}")}
+    if not jobs and not markers:
+        raise HarkenError(
+            f"{exp} must be the folder of a recipe's run or of `harken launch`, found no stages or jobs in it"
+        )
+    queued, unknown = _queue(jobs)
+    lost = {job.id: job.name for job in jobs.values() if _outcome(exp, job) == "failed"}
+    found = []
+    for name in sorted({*jobs, *markers}, key=_order):
+        log = exp / "logs" / f"{name}.log"
+        job = jobs.get(name)
+        if job is None:
+            state = "finished" if markers[name].suffix == ".done" else "begun"
+        else:
+            state = unknown or _state(exp, job, queued, lost)
+            if state.startswith("cancelled"):
+                lost[job.id] = job.name
+        log = log if log.exists() or job is None else Path(job.log)
+        progress = _progress(log) if not state.startswith(("finished", "pending", "cancelled")) else ""
+        found.append(Stage(name, job.id if job is not None else "", state, progress, last_line(log)))
+    return found
+
+
+def table(stages: list[Stage]) -> str:
+    """Return the stages as lines: name, job, state, progress; below each what its log says last, while it matters."""
+    width = max(len(stage.name) for stage in stages)
+    lines = []
+    for stage in stages:
+        job = f"job {stage.job}" if stage.job else ""
+        lines.append(f"{stage.name:{width}}  {job:10}  {stage.state}{'  ' if stage.progress else ''}{stage.progress}")
+        if stage.last and not stage.state.startswith(("finished", "pending", "cancelled")):
+            lines.append(f"{'':{width}}  {stage.last[:160]}")
+    return "\n".join(lines)
+
+
+def _order(name: str) -> tuple[float, str]:
+    number = re.match(r"\d+", name)
+    return (float(number[0]) if number else float("inf"), name)
+
+
+def _queue(jobs: Mapping[str, JobRecord]) -> tuple[dict[str, Queued], str]:
+    """Return what waits or runs, and what to say of every job when Slurm cannot be asked."""
+    if not jobs:
+        return {}, ""
+    try:
+        return queue(), ""
+    except HarkenError as error:
+        return {}, f"unknown: {error}"
+
+
+def _outcome(exp: Path, job: JobRecord) -> str:
+    starts = load_starts(exp, job.name, job.id).starts
+    return starts[-1].outcome if starts else ""
+
+
+def _state(exp: Path, job: JobRecord, queued: Mapping[str, Queued], lost: Mapping[str, str]) -> str:
+    starts = load_starts(exp, job.name, job.id).starts
+    again = f", start {len(starts)}" if len(starts) > 1 else ""
+    if job.id in queued:
+        entry = queued[job.id]
+        if entry.state == "PENDING":
+            behind = f" to start again after {len(starts)}" if starts else ""
+            return f"pending{behind}: {entry.reason}"
+        return f"{entry.state.lower()} on {entry.nodes}, {entry.used} of {entry.limit}{again}"
+    if starts and starts[-1].outcome:
+        last = starts[-1]
+        took = f" in {duration(sum((start.ended or 0) - start.began for start in starts if start.ended))}"
+        return f"{last.outcome}{took}{again}{': ' if last.reason else ''}{last.reason}"
+    if starts:
+        return f"lost{again}: {_silence(starts[-1])}"
+    failed = [lost[id] for id in job.after if id in lost]
+    if failed:
+        return f"cancelled: {failed[0]} did not succeed"
+    return "cancelled: it never started (scancel, or a job that it waited for did not succeed)"
+
+
+def _silence(start: Start) -> str:
+    began = time.strftime("%F %T", time.localtime(start.began))
+    return f"began {began} on {start.nodes} and Slurm ended it (time limit, memory, scancel, a dead node)"
+
+
+def _progress(log: Path) -> str:
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - 100_000))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    found = next((match for line in reversed(lines) if (match := PROGRESS.search(line.strip()))), None)
+    if found is None:
+        return ""
+    step, steps = int(found[1]), int(found[2])
+    return f"step {step} of {steps} ({100 * step // steps} %)" + (f", {found[3]} to go" if found[3] else "")
