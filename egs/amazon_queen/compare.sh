@@ -46,7 +46,7 @@ if ! is_whole_number "$jobs" || [ "$jobs" -lt 1 ]; then die "--jobs must be 1 or
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
 . "$root/egs/shared/training.sh"
-. "$recipe/local/units.sh"
+. "$root/egs/shared/units.sh"
 
 data="$recipe/data"
 conf_files=()
@@ -60,7 +60,8 @@ train_stage 1 pretrain1 "$data/train.jsonl $units1/" "$compared/pretrain1" \
   "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$units1]"
 
 stage 2 units2 "$data/train.jsonl $data/dev.jsonl $compared/pretrain1/checkpoints/" "$compared/units2/labels/" \
-  make_units "$compared/units2" "$clusters" 400000 --features hidden --model "$compared/pretrain1" --layer "$layer"
+  make_units "$compared/units2" "$clusters" 400000 "$data/train.jsonl" "$data/dev.jsonl" "$data/test.jsonl" -- \
+  --features hidden --model "$compared/pretrain1" --layer "$layer"
 
 train_stage 3 pretrain2 "$data/train.jsonl $compared/units2/labels/" "$compared/pretrain2" \
   "$recipe/conf/compare/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters]" \

@@ -44,7 +44,7 @@ parse_options "$@"
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
 . "$root/egs/shared/training.sh"
-. "$recipe/local/units.sh"
+. "$root/egs/shared/units.sh"
 
 # What the modes share is made once; everything that depends on the configuration goes to $exp.
 data="$recipe/data"
@@ -56,6 +56,7 @@ if [ "$mode" = short ]; then
 else
   labelled=train clusters1=100 clusters2=200 max_frames=400000
 fi
+manifests=("$data/train.jsonl" "$data/dev.jsonl" "$data/test.jsonl") # what has units: the report shows those of test
 jobs="$(nproc)" # the program: labelling uses every core, whatever --nproc trains on
 
 stage 1 check "the machine" "a list of versions and devices" harken doctor
@@ -77,14 +78,16 @@ verify_corpus() { # DATA: index every split, decode every file once, describe, l
 stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
 
 stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
-  make_units "$exp/units1" "$clusters1" "$max_frames" --features mfcc --subtract-mean --average 4
+  make_units "$exp/units1" "$clusters1" "$max_frames" "${manifests[@]}" -- \
+  --features mfcc --subtract-mean --average 4
 
 train_stage 5 pretrain1 "$data/train.jsonl $exp/units1/labels/" "$exp/pretrain1" \
   "$recipe/conf/$mode/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters1]" \
   "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$exp/units1/labels]"
 
 stage 6 units2 "$data/train.jsonl $data/dev.jsonl $exp/pretrain1/checkpoints/" "$exp/units2/labels/" \
-  make_units "$exp/units2" "$clusters2" "$max_frames" --features hidden --model "$exp/pretrain1" --layer "$layer"
+  make_units "$exp/units2" "$clusters2" "$max_frames" "${manifests[@]}" -- \
+  --features hidden --model "$exp/pretrain1" --layer "$layer"
 
 train_stage 7 pretrain2 "$data/train.jsonl $exp/units2/labels/" "$exp/pretrain2" \
   "$recipe/conf/$mode/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters2]" \
