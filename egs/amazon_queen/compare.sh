@@ -60,7 +60,8 @@ train_stage 1 pretrain1 "$data/train.jsonl $units1/" "$compared/pretrain1" \
   "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$units1]"
 
 stage 2 units2 "$data/train.jsonl $data/dev.jsonl $compared/pretrain1/checkpoints/" "$compared/units2/labels/" \
-  make_units "$compared/units2" "$clusters" 400000 "$data/train.jsonl" "$data/dev.jsonl" "$data/test.jsonl" -- \
+  make_units "$compared/units2" "$clusters" 400000 "$data/train.jsonl" \
+  "$data/train.jsonl" "$data/dev.jsonl" "$data/test.jsonl" -- \
   --features hidden --model "$compared/pretrain1" --layer "$layer"
 
 train_stage 3 pretrain2 "$data/train.jsonl $compared/units2/labels/" "$compared/pretrain2" \

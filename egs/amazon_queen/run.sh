@@ -78,7 +78,7 @@ verify_corpus() { # DATA: index every split, decode every file once, describe, l
 stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
 
 stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
-  make_units "$exp/units1" "$clusters1" "$max_frames" "${manifests[@]}" -- \
+  make_units "$exp/units1" "$clusters1" "$max_frames" "$data/train.jsonl" "${manifests[@]}" -- \
   --features mfcc --subtract-mean --average 4
 
 train_stage 5 pretrain1 "$data/train.jsonl $exp/units1/labels/" "$exp/pretrain1" \
@@ -86,7 +86,7 @@ train_stage 5 pretrain1 "$data/train.jsonl $exp/units1/labels/" "$exp/pretrain1"
   "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$exp/units1/labels]"
 
 stage 6 units2 "$data/train.jsonl $data/dev.jsonl $exp/pretrain1/checkpoints/" "$exp/units2/labels/" \
-  make_units "$exp/units2" "$clusters2" "$max_frames" "${manifests[@]}" -- \
+  make_units "$exp/units2" "$clusters2" "$max_frames" "$data/train.jsonl" "${manifests[@]}" -- \
   --features hidden --model "$exp/pretrain1" --layer "$layer"
 
 train_stage 7 pretrain2 "$data/train.jsonl $exp/units2/labels/" "$exp/pretrain2" \

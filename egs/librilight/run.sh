@@ -14,8 +14,8 @@ recipe_options=(method parts seconds data librispeech teacher layer clusters max
 usage() {
   cat <<'HELP'
 egs/librilight/run.sh: pretrains HuBERT Large on the 60,000 hours of Libri-light, read in order from shards, on units
-of HuBERT Base. egs/librispeech/run.sh comes first, to its stage 7, and fine-tunes the result. Pretraining needs many GPUs
-for weeks: README.md has the figures of the paper.
+of HuBERT Base. egs/librispeech/run.sh comes first, to its stage 7, and fine-tunes the result. Pretraining needs many
+GPUs for weeks: README.md has the figures of the paper.
 
 Recipe options:
   --method METHOD     hubert_large, or zipformer with the sizes of icefall's script (default: hubert_large)
@@ -25,7 +25,8 @@ Recipe options:
   --layer N           its block whose output is clustered (default: 9)
   --clusters N        units (default: 500)
   --max-frames N      frames that k-means keeps in memory (default: 2000000, which are 6 GB of layer 9)
-  --librispeech DIR   the data folder of egs/librispeech, whose dev-other validates (default: egs/librispeech/data)
+  --librispeech DIR   the data folder of egs/librispeech, on whose 960 hours k-means is fitted and whose dev-other
+                      validates (default: egs/librispeech/data)
   --data DIR          where the manifest and the shards go (default: data beside run.sh)
   --to KIND           shar or webdataset (default: shar)
   --shard-cuts N      cuts of a shard (default: 1000)
@@ -35,7 +36,7 @@ Stages:
   1  check     the environment (harken doctor)
   2  corpus    a manifest of stretches of speech (local/prepare.py); --corpus names the folder of small/ to large/
   3  index     index the manifest, statistics
-  4  units     k-means on the teacher's layer, labels
+  4  units     k-means on the teacher's layer, of LibriSpeech; labels
   5  shards    the audio in shards, cuts shuffled among them
   6  pretrain  masked prediction, reading the shards
   7  report    one HTML page of the run
@@ -57,13 +58,16 @@ done
 data="$(realpath -m "${data:-$recipe/data}")"
 librispeech="$(realpath -m "${librispeech:-$root/egs/librispeech/data}")"
 teacher="$(realpath -m "${teacher:-$root/egs/librispeech/exp/full/hubert}")"
-train="$data/train.jsonl" shards="$data/$to" valid="$librispeech/dev-other.jsonl"
+train="$data/train.jsonl" shards="$data/$to"
+valid="$librispeech/dev-other.jsonl" fitted="$librispeech/train-960h.jsonl"
 if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
   [ -n "$corpus" ] || die "--corpus must name the folder that holds small/, medium/ and large/ of Libri-light, which" \
     "nothing fetches: they are 3 TB, https://github.com/facebookresearch/libri-light says where"
 fi
 if [ "$stage" -le 6 ] && [ "$stop_stage" -ge 4 ]; then # now, and not after days of labelling
-  [ -f "$valid" ] || die "$valid is not there: run stages 2 and 3 of egs/librispeech/run.sh, or name --librispeech DIR"
+  for word in "$valid" "$fitted"; do
+    [ -f "$word" ] || die "$word is not there: run stages 2 and 3 of egs/librispeech/run.sh, or name --librispeech DIR"
+  done
 fi
 if [ "$stage" -le 4 ] && [ "$stop_stage" -ge 4 ]; then
   [ -d "$teacher" ] || die "no teacher at $teacher: run egs/librispeech/run.sh to its stage 7, or name --teacher DIR"
@@ -87,8 +91,9 @@ describe_corpus() { # MANIFEST
 }
 stage 3 index "$train" "$train.idx/" describe_corpus "$train"
 
-stage 4 units "$train $valid $teacher/" "$exp/units/labels/" \
-  make_units "$exp/units" "$clusters" "$max_frames" "$train" "$valid" -- \
+# Fitted on LibriSpeech: fitting reads a corpus once, and 60,000 hours would cost as much again as labelling them.
+stage 4 units "$fitted $train $valid $teacher/" "$exp/units/labels/" \
+  make_units "$exp/units" "$clusters" "$max_frames" "$fitted" "$train" "$valid" -- \
   --features hidden --model "$teacher" --layer "$layer"
 
 make_shards() { # MANIFEST OUT KIND CUTS: an interrupted conversion goes on, a finished one is replaced

@@ -97,15 +97,17 @@ stage 2 corpus "${corpus:-OpenSLR 12 and Libri-light, fetched}" "$train ${tests[
 
 if [ "$stop_stage" -ge 8 ]; then # now, and not after weeks of pretraining
   for word in $labels; do
-    [ -f "$data/train-$word.jsonl" ] || die "--labels asks for $data/train-$word.jsonl, which is not there: run stage 2" \
-      "with --finetuning DIR, the folder librispeech_finetuning of Libri-light, or name fewer --labels"
+    [ -f "$data/train-$word.jsonl" ] || die "--labels asks for $data/train-$word.jsonl, which is not there: run stage" \
+      "2 with --finetuning DIR, the folder librispeech_finetuning of Libri-light, or name fewer --labels"
   done
 fi
 
 verify_corpus() { # FOLDER BPE: index every list, decode every file once, describe, make the tokenizers
   local folder="$1" bpe="$2" path
   harken data index "$folder"/train-*.jsonl "$folder"/{dev,test}-{clean,other}.jsonl
-  for path in "$folder"/train-960h.jsonl "$folder"/{dev,test}-{clean,other}.jsonl; do harken data verify "$path"; done
+  for path in "$folder"/train-960h.jsonl "$folder"/{dev,test}-{clean,other}.jsonl; do
+    harken data verify "$path" --max-clipped 1 # a damaged file stops here; one that is clipped is so for everybody
+  done
   harken data stats "$folder"/train-960h.jsonl "$folder"/{dev,test}-{clean,other}.jsonl
   harken data tokens "$folder/train-960h.jsonl" --out "$folder/characters.txt"
   harken data tokens "$folder/train-960h.jsonl" --out "$folder/bpe-$bpe.model" --size "$bpe"
@@ -114,14 +116,14 @@ stage 3 verify "$train ${tests[*]}" "$data/characters.txt $data/bpe-$bpe.model" 
 
 if [ -z "$pretrained" ]; then
   stage 4 units1 "$train $valid" "$exp/units1/labels/" \
-    make_units "$exp/units1" "$clusters1" "$max_frames" "$train" "$valid" -- --features mfcc
+    make_units "$exp/units1" "$clusters1" "$max_frames" "$train" "$train" "$valid" -- --features mfcc
 
   train_stage 5 pretrain1 "$train $exp/units1/labels/" "$exp/pretrain1" \
     "$recipe/conf/hubert/iteration1.yaml" "${conf_files[@]}" "objective.classes=[$clusters1]" \
     "data.train=$train" "data.valid=$valid" "data.labels=[$exp/units1/labels]"
 
   stage 6 units2 "$train $valid $exp/pretrain1/checkpoints/" "$exp/units2/labels/" make_units "$exp/units2" \
-    "$clusters2" "$max_frames" "$train" "$valid" -- --features hidden --model "$exp/pretrain1" --layer "$layer"
+    "$clusters2" "$max_frames" "$train" "$train" "$valid" -- --features hidden --model "$exp/pretrain1" --layer "$layer"
 
   train_stage 7 "pretrain2-$method" "$train $exp/units2/labels/" "$exp/$method" \
     "$recipe/conf/$method/pretrain.yaml" "${conf_files[@]}" "objective.classes=[$clusters2]" \

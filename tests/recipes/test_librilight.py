@@ -89,6 +89,8 @@ def test_what_is_missing_is_told_before_anything_runs(tmp_path: Path, run_stub: 
     places = ("--librispeech", tmp_path, "--teacher", tmp_path / "gone", "--exp", tmp_path / "exp", "--stage", "4")
     assert f"{tmp_path}/dev-other.jsonl is not there: run stages 2 and 3" in run_stub("librilight", *places, code=2)
     (tmp_path / "dev-other.jsonl").touch()
+    assert f"{tmp_path}/train-960h.jsonl is not there: run stages 2 and 3" in run_stub("librilight", *places, code=2)
+    (tmp_path / "train-960h.jsonl").touch()
     assert f"no teacher at {tmp_path}/gone: run egs/librispeech/run.sh" in run_stub("librilight", *places, code=2)
     assert not (tmp_path / "exp").exists()
 
@@ -101,6 +103,7 @@ def test_every_stage_runs_on_the_miniature(
     conf.write_text(SMALL)
     labelled = tmp_path / "librispeech"
     labelled.mkdir()
+    (labelled / "train-960h.jsonl").write_bytes(corpus.train.read_bytes())
     (labelled / "dev-other.jsonl").write_bytes(corpus.valid.read_bytes())
     base = corpus.yaml(tmp_path, "hubert", "waveform")
     train = ["-m", "harken.apps.main", "train", str(base), "--exp", str(teacher), "train.steps=1"]
