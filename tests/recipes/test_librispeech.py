@@ -177,7 +177,7 @@ def test_every_stage_runs_on_the_miniature(librispeech: Path, tmp_path: Path, ru
     hubert.write_text(HUBERT)
     zipformer.write_text(SMALL + ZIPFORMER)
     exp, data = tmp_path / "exp", tmp_path / "data"
-    sizes = ("--clusters1", "8", "--clusters2", "12", "--layer", "1", "--bpe", "30", "--max-frames", "20000")
+    sizes = ("--clusters1", "8", "--clusters2", "12", "--layer", "1", "--bpe", "60", "--max-frames", "20000")
     shared = ("--corpus", librispeech, "--data", data, "--exp", exp, "--jobs", "1", *sizes)
 
     printed = run_recipe("librispeech", *shared, "--conf", hubert)
