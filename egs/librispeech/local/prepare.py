@@ -21,7 +21,7 @@ TESTS = ("dev-clean", "dev-other", "test-clean", "test-other")
 LISTS = {"train-960h": TRAIN, "train-100h": TRAIN[:1], **{name: (name,) for name in TESTS}}
 # The folders of Libri-light's labelled sets, each of which holds `clean` and `other`: the first sixth of the hour is
 # the 10 minutes, and the 9 hours are those that the 10 have besides it.
-# Source: arXiv 1912.07875 section 3.2; the README that the download brings.
+# Source: arXiv 1912.07875, and the folders of its download.
 HOUR = tuple(f"1h/{part}" for part in range(6))
 LABELLED = {"train-10min": HOUR[:1], "train-1h": HOUR, "train-10h": (*HOUR, "9h")}
 FINETUNING_URL = "https://dl.fbaipublicfiles.com/librilight/data/librispeech_finetuning.tgz"
