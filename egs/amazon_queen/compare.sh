@@ -46,6 +46,7 @@ if ! is_whole_number "$jobs" || [ "$jobs" -lt 1 ]; then die "--jobs must be 1 or
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
 . "$root/egs/shared/training.sh"
+. "$root/egs/shared/units.sh"
 . "$recipe/local/hubert.sh"
 
 data="$recipe/data"

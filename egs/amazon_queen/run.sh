@@ -44,6 +44,7 @@ parse_options "$@"
 . "$root/egs/shared/environment.sh"
 . "$root/egs/shared/stages.sh"
 . "$root/egs/shared/training.sh"
+. "$root/egs/shared/units.sh"
 . "$recipe/local/hubert.sh"
 
 # What the modes share is made once; everything that depends on the configuration goes to $exp.
@@ -76,7 +77,7 @@ verify_corpus() { # DATA: index every split, decode every file once, describe, l
 stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
 
 stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
-  make_units "$exp/units1" "$clusters1" "$max_frames" --features mfcc --subtract-mean --average 4
+  queen_units "$exp/units1" "$clusters1" "$max_frames" --features mfcc --subtract-mean --average 4
 
 pretrain_stage 5 "$exp/pretrain1" "$exp/units1/labels" "$clusters1" "$recipe/conf/$mode/pretrain.yaml"
 

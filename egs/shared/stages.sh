@@ -86,7 +86,7 @@ stale_reason() { # MARKER HASH READS
     if [ "$other" -nt "$marker" ]; then
       while read -r written; do
         while read -r path; do
-          if [ -n "$path" ] && [[ "$path/" == "$written/"* || "$written/" == "$path/"* ]]; then
+          if [ -n "$path" ] && [[ "${path%/}/" == "${written%/}/"* || "${written%/}/" == "${path%/}/"* ]]; then
             echo "$(basename "$other" .done), which writes $written, has run since"
             return
           fi

@@ -1,9 +1,11 @@
-"""Runs `harken` and Python files for the documentation's code blocks in forks of one process that has torch imported.
+"""Runs `harken` and Python files for the documentation's code blocks, and for recipes, in forks of one warm process.
 
-A page calls `harken` some ten times, and importing torch, DeepSpeed and Lhotse costs seconds each time. The programs
-`harken` and `python` that the blocks find on their PATH send their arguments, folder, environment and streams here.
+A page calls `harken` some ten times, a recipe a hundred, and importing torch, DeepSpeed and Lhotse costs seconds each
+time. The programs `harken` and `python` that the blocks find on their PATH send their arguments, folder, environment
+and streams here.
 
-Run as `python docs_server.py SOCKET`; it prints `ready` when it listens.
+Run as `python docs_server.py SOCKET [--as-configured]`; it prints `ready` when it listens. A documented training is cut
+to four steps; --as-configured leaves trainings as they are.
 """
 
 from __future__ import annotations
@@ -76,8 +78,8 @@ def write_clients(folder: Path, address: str) -> None:
         path.chmod(0o755)
 
 
-def serve(address: str) -> None:
-    """Answer requests until killed; every request runs in a fork of its own."""
+def serve(address: str, short: tuple[str, ...]) -> None:
+    """Answer requests until killed; every request runs in a fork of its own. short: overrides of every training."""
     # one core, and another for each test process: a program that sees one core starts no processes of its own
     cores = sorted(os.sched_getaffinity(0))
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -93,7 +95,7 @@ def serve(address: str) -> None:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            end(answer, connection)
+            end(answer, connection, short)
         connection.close()
         while children_ended():
             pass
@@ -107,7 +109,7 @@ def children_ended() -> bool:
         return False
 
 
-def answer(connection: socket.socket) -> None:
+def answer(connection: socket.socket, short: tuple[str, ...]) -> None:
     """Run one request in a fork and send back its exit status."""
     message, streams, _, _ = socket.recv_fds(connection, 65536, 3)
     while more := connection.recv(65536):
@@ -119,7 +121,7 @@ def answer(connection: socket.socket) -> None:
         for place, stream in enumerate(streams):
             os.dup2(stream, place)
             os.close(stream)
-        end(run, request["arguments"], request["folder"], request["environment"])
+        end(run, request["arguments"], request["folder"], request["environment"], short)
     for stream in streams:
         os.close(stream)
     status = os.waitstatus_to_exitcode(os.waitpid(runner, 0)[1])
@@ -143,7 +145,7 @@ def end(work: Callable[..., None], *arguments: Any) -> NoReturn:
     os._exit(status if isinstance(status, int) else 1)
 
 
-def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+def run(arguments: list[str], folder: str, environment: dict[str, str], short: tuple[str, ...]) -> None:
     """Run `python ARGUMENTS` as a fresh interpreter would, as far as blocks can tell."""
     os.chdir(folder)
     os.environ.clear()
@@ -152,12 +154,11 @@ def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     if arguments[0] == "-m":
         from harken.apps.main import main
 
-        short = SHORT if arguments[2] == "train" else ()
-        sys.exit(main([*arguments[2:], *short]))
+        sys.exit(main([*arguments[2:], *(short if arguments[2] == "train" else ())]))
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], () if sys.argv[2:] == ["--as-configured"] else SHORT)

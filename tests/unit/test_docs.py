@@ -34,7 +34,8 @@ from harken.units.kmeans import KMeansConfig
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = Path(__file__).with_name("docs_server.py")
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-LINKED = ["README.md", *(f"docs/{name}" for name in PAGES), "egs/amazon_queen/README.md", "CONTRIBUTING.md"]
+RECIPES = sorted(f"egs/{path.parent.name}/README.md" for path in (ROOT / "egs").glob("*/README.md"))
+LINKED = ["README.md", *(f"docs/{name}" for name in PAGES), *RECIPES, "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```(\w+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"(?:#!.*\n)?# ([\w./-]+\.\w+)\n")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

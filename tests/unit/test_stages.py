@@ -103,6 +103,19 @@ def test_a_stage_runs_again_after_one_that_wrote_what_it_reads(recipe: Path) -> 
     assert run(recipe).count("skipped") >= 3
 
 
+def test_a_stage_that_reads_a_folder_runs_again_after_one_that_wrote_into_it(recipe: Path) -> None:
+    stages = """
+stage 1 one "nothing" "$exp/decode/greedy/" mkdir -p "$exp/decode/greedy"
+stage 2 two "$exp/decode/" "$exp/page" touch "$exp/page"
+stage 3 three "$exp/decode/greedy/test.jsonl" "prose" echo read it
+"""
+    write_stages(recipe, stages)
+    run(recipe)
+    run(recipe, "--force", "--stop-stage", "1")
+    again = run(recipe)
+    assert again.count(f"runs again: 1-one, which writes {exp(recipe)}/decode/greedy/, has run since") == 2
+
+
 @pytest.mark.parametrize("change", ["option", "script"])
 def test_a_changed_command_runs_again(recipe: Path, change: str) -> None:
     run(recipe)
