@@ -172,6 +172,17 @@ def test_the_writer_hands_on_the_error_itself_once() -> None:
     assert writer.finish() is None
 
 
+def test_without_memory_for_a_thread_the_work_is_done_at_once(monkeypatch) -> None:
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    writer, done = Writer(), []
+    writer.start(lambda: done.append("written"))
+    assert done == ["written"]
+    assert writer.finish() is None
+
+
 def test_a_run_ends_at_the_step_after_a_checkpoint_that_could_not_be_written(train, monkeypatch, tmp_path) -> None:
     write = Checkpoints._write_files
 

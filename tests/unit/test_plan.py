@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -178,6 +179,19 @@ def epoch_of(planner: Planner, start: Position) -> tuple[list[Position], list[in
         positions.append(position)
         position = planner.after(position)
     return positions, places
+
+
+def no_thread(self: threading.Thread) -> None:
+    """Start no thread, as where a limited memory has no room for its stack."""
+    raise RuntimeError("can't start new thread")
+
+
+def test_without_memory_for_a_thread_segments_are_planned_when_they_are_needed(
+    segmented: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    _, places = epoch_of(segmented, Position())
+    assert sorted(places) == sorted(segmented.order.selection.places.tolist())
 
 
 def test_an_epoch_of_segments_has_every_cut_once(segmented: Planner) -> None:

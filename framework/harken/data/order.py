@@ -149,9 +149,13 @@ class Planner:
             del self._plans[next(iter(self._plans))]
 
     def _prepare(self, epoch: int, segment: int) -> None:
-        if (epoch, segment) not in self._plans:
-            self._thread = self._thread or ThreadPoolExecutor(1, "plan")
+        if (epoch, segment) in self._plans:
+            return
+        self._thread = self._thread or ThreadPoolExecutor(1, "plan")
+        try:
             self._keep((epoch, segment), self._thread.submit(self._plan, epoch, segment))
+        except RuntimeError:  # no memory for a thread's stack: the plan is made when it is needed
+            self._thread = None
 
     def after(self, position: Position) -> Position:
         """Return where a run is after the step at a position."""

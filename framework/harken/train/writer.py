@@ -26,8 +26,13 @@ class Writer:
                 self._error = error
 
         # no daemon: a run that ends by an error finishes the checkpoint that it had begun
-        self._thread = threading.Thread(target=run, name="checkpoint")
-        self._thread.start()
+        thread = threading.Thread(target=run, name="checkpoint")
+        try:
+            thread.start()
+        except RuntimeError:  # no memory for a thread's stack: training waits this once
+            run()
+        else:
+            self._thread = thread
 
     @property
     def failed(self) -> bool:
