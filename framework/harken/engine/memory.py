@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +29,16 @@ _SIGNS = (
 )
 
 
+@dataclass
+class _Limit:
+    """What `refuse_above` was given, on a CPU."""
+
+    gib: float | None = None
+
+
+_limit = _Limit()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -40,6 +51,9 @@ def free() -> None:
     gc.collect()  # its exception and graph may refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif _limit.gib is not None:
+        _trim()
+        renew_limit()
 
 
 def device_gib() -> float:
@@ -62,10 +76,29 @@ def refuse_above(gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
         return
     _return_what_is_free()
-    room = gib * GIB - 1024 * _kib("/proc/self/status", "VmRSS")
+    _limit.gib = gib
+    renew_limit()
+
+
+def renew_limit() -> None:
+    """Leave out of the limit on a CPU what was reserved since and is not used; without a limit, do nothing.
+
+    The kernel refuses by what is reserved. oneDNN compiles kernels for each new shape, reserves about a megabyte for
+    each and uses a tenth of it: after some hundreds of shapes the limit would leave no room for a batch.
+    """
+    if _limit.gib is None:
+        return
+    room = _limit.gib * GIB - 1024 * _kib("/proc/self/status", "VmRSS")
     soft = int(1024 * _kib("/proc/self/status", "VmData") + max(0.0, room))
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _trim() -> None:
+    """Have glibc give back what is free in its heap; source: malloc_trim(3)."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _return_what_is_free() -> None:
@@ -82,12 +115,13 @@ def _return_what_is_free() -> None:
 @contextmanager
 def at_most(gib: float) -> Iterator[None]:
     """Refuse more than `gib` for a while."""
-    before = resource.getrlimit(resource.RLIMIT_DATA)
+    before, most_before = resource.getrlimit(resource.RLIMIT_DATA), _limit.gib
     refuse_above(gib)
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+        _limit.gib = most_before
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0, distributed.device())
 

@@ -27,7 +27,7 @@ from harken.core.loss import Loss, Metrics
 from harken.data.dataset import Task
 from harken.data.loader import Step, TrainLoader
 from harken.engine.base import Engine
-from harken.engine.memory import free, is_out_of_memory
+from harken.engine.memory import free, is_out_of_memory, renew_limit
 
 Work = list[tuple[Task | None, Batch]]  # a batch, and what it was read from where it can be read again
 
@@ -78,6 +78,7 @@ class StepRunner:
 
     def run(self, step: Step, number: int) -> Passes:
         """Run this rank's passes of step `number`; every rank calls it, and then `Engine.reduce`."""
+        renew_limit()
         tasks: Sequence[Task | None] = step.tasks or [None] * len(step.batches)
         work = list(zip(tasks, step.batches, strict=True))
         # the count of the whole step comes first: each sum is scaled by it, so its division over ranks cannot matter

@@ -1,0 +1,43 @@
+"""The limit on a CPU's memory is one on what is used, not on what is reserved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+RESERVES = """
+import mmap, sys
+import numpy as np
+from harken.engine.memory import free, refuse_above, renew_limit
+
+MB = 2**20
+used = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))) * 1024
+refuse_above((used + 200 * MB) / 2**30)
+reserved = mmap.mmap(-1, 120 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+try:
+    np.ones(150 * MB, np.uint8)
+    print("reserved memory is not counted")
+except MemoryError:
+    print("refused while 120 MB are reserved")
+{renew}()
+np.ones(150 * MB, np.uint8)
+print("there is room")
+try:
+    np.ones(300 * MB, np.uint8)
+    print("no limit")
+except MemoryError:
+    print("refused above the limit")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+@pytest.mark.parametrize("renew", ["renew_limit", "free"])
+def test_what_is_reserved_and_not_used_takes_no_room(renew: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RESERVES.format(renew=renew)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stderr == ""
+    expected = ["refused while 120 MB are reserved", "there is room", "refused above the limit"]
+    assert done.stdout.splitlines() == expected
