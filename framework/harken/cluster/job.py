@@ -118,12 +118,18 @@ class Job:
         try:
             ask_slurm("scontrol", "requeue", self.id)
         except HarkenError as error:
-            return self._fail(starts, start, start.status or STOPPED, f"{why}, and it cannot be requeued: {error}")
-        # Slurm ends this process; one that ended before would be taken for a failed job
-        until = time.monotonic() + 60
+            # Slurm ends all processes of a job that it requeues, and scontrol may be the first of them
+            if not self._is_ended(10):
+                return self._fail(starts, start, start.status or STOPPED, f"{why}, and it cannot be requeued: {error}")
+        self._is_ended(60)
+        return STOPPED
+
+    def _is_ended(self, seconds: float) -> bool:
+        """Wait until Slurm ends this process: one that ended before would be taken for a failed job."""
+        until = time.monotonic() + seconds
         while self.warned != "TERM" and time.monotonic() < until:
             time.sleep(0.2)
-        return STOPPED
+        return self.warned == "TERM"
 
     def _fail(self, starts: Starts, start: Start, status: int, reason: str) -> int:
         start.outcome, start.reason = "failed", reason
