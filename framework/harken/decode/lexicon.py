@@ -81,7 +81,9 @@ def _lexicon(spelled: Sequence[tuple[str, WordTokens | None]], tokenizer: Tokeni
         else:
             entries[word, tokens or tuple(tokenizer.encode(word))] = None
     if not entries:
-        raise HarkenError(f"{source}: expected words that the tokenizer can spell, found {len(left_out)} that it cannot")
+        raise HarkenError(
+            f"{source}: expected words that the tokenizer can spell, found {len(left_out)} that it cannot"
+        )
     symbols = tokenizer.symbols()
     space = next((number for number, name in enumerate(symbols) if name in ("<space>", "|") and number), None)
     return Lexicon(tuple(entries), len(symbols), space, tuple(left_out))
@@ -106,8 +108,8 @@ def told_apart(entries: Sequence[tuple[str, WordTokens]]) -> list[int]:
 def lexicon_fst(lexicon: Lexicon) -> tuple[str, int]:
     """Return the transducer L from tokens to words in OpenFst's text format, and the largest k of its `#k`.
 
-    State 0 is the start, 1 before a word, 2 behind it; from 2 the space leads back to 1, or nothing where there is none.
-    All let `#0` pass, which a language model takes between words. Nothing may end in a space.
+    State 0 is the start, 1 before a word, 2 behind it; from 2 the space leads back to 1, where there is one. All let
+    `#0` pass, which a language model takes between words. Nothing may end in a space.
     """
     number = {word: place for place, word in enumerate(lexicon.words, start=1)}
     back_off = lexicon.classes + 1, len(number) + 1
@@ -133,7 +135,6 @@ def ctc_fst(classes: int, marks: int) -> str:
     lines = []
     for state in range(classes):
         lines.append(f"{state} 0 1 0")
-        for token in range(1, classes):
-            lines.append(f"{state} {token} {token + 1} {0 if token == state else token + 1}")
+        lines += [f"{state} {token} {token + 1} {0 if token == state else token + 1}" for token in range(1, classes)]
         lines += [f"{state} {state} 0 {classes + 1 + mark}" for mark in range(marks + 1)]
     return "\n".join([*lines, *map(str, range(classes)), ""])
