@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_path, write_text_atomic
@@ -128,7 +128,7 @@ class Pieces:
         return ["<blank>", *(str(self._model.id_to_piece(index)) for index in range(self.size - 1))]
 
     @classmethod
-    def train(cls, texts: Iterable[str], path: Path, size: int, **options: str) -> Pieces:
+    def train(cls, texts: Iterable[str], path: Path, size: int, **options: Any) -> Pieces:
         """Train a BPE model of `size` classes (the blank included) and write it to `path` (`.model`).
 
         options: more of sentencepiece's. Raises HarkenError when the texts do not give as many classes.
@@ -184,7 +184,7 @@ class BytePieces(Pieces):
         return [symbol.translate(ascii_of) for symbol in super().symbols()]
 
     @classmethod
-    def train(cls, texts: Iterable[str], path: Path, size: int, **options: str) -> BytePieces:
+    def train(cls, texts: Iterable[str], path: Path, size: int, **options: Any) -> BytePieces:
         """Train as `Pieces.train` does; all bytes that UTF-8 has are classes, whether they occur or not."""
         patterns = "".join(chr(_FIRST_BYTE + byte) for byte in range(256) if byte not in _NEVER)
         given = {"normalization_rule_name": "identity", "required_chars": patterns, **options}
