@@ -64,11 +64,12 @@ EXTRAS = {
     # index of their own, linked from k2's installation page: pass that page as `--pip-args "--find-links PAGE"`.
     # `harken doctor` prints the wheel that fits this environment.
     "k2": ["k2"],
+    "graph": ["kaldifst", "kaldi-decoder", "kaldilm"],  # CTC decoding by a lexicon and a word n-gram
     "export": ["onnx", "onnxruntime"],
     "bench": ["transformers"],
 }
 # k2 stays out of `all`: where no wheel fits, it would make everything else fail to install.
-EXTRAS["all"] = sorted({name for extra in ("dev", "export", "bench") for name in EXTRAS[extra]})
+EXTRAS["all"] = sorted({name for extra in ("dev", "export", "graph", "bench") for name in EXTRAS[extra]})
 
 setup(
     name="harken",

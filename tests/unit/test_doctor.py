@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
+import platform
 import subprocess
 import sys
 
@@ -92,14 +94,30 @@ def test_a_library_that_does_not_load_is_noticed(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("torch_version", "cuda", "start"),
+    ("torch_version", "cuda", "hip", "wheel"),
     [
-        ("2.13.0+cpu", None, "k2-*+cpu.torch2.13.0-cp3"),
-        ("2.11.0+cu130", "13.0", "k2-*+cuda13.0.torch2.11.0-cp3"),
+        ("2.13.0+cpu", None, None, "k2-1.24.4.dev20260626+cpu.torch2.13.0-{py}-{py}-manylinux_2_28_{machine}.whl"),
+        (
+            "2.11.0+cu130",
+            "13.0",
+            None,
+            "k2-1.24.4.dev20260423+cuda13.0.torch2.11.0-{py}-{py}-manylinux_2_27_{machine}.manylinux_2_28_{machine}.whl",
+        ),
+        (
+            "2.12.1+rocm7.2",
+            None,
+            "7.2.53211-e1a6bc5663",
+            "k2-1.24.4.dev20260626+rocm7.2.torch2.12.1-{py}-{py}-manylinux_2_27_{machine}.manylinux_2_28_{machine}.whl",
+        ),
     ],
 )
-def test_the_k2_wheel_that_fits_is_named(torch_version: str, cuda: str | None, start: str) -> None:
-    assert doctor.k2_wheel(torch_version, cuda).startswith(start)
+def test_the_k2_wheel_that_fits_is_named(torch_version: str, cuda: str | None, hip: str | None, wheel: str) -> None:
+    """The names are those of k2's installation pages, with this Python and machine in them."""
+    python, machine = f"cp{sys.version_info.major}{sys.version_info.minor}", platform.machine().lower()
+    pattern = doctor.k2_wheel(doctor.k2_build(torch_version, cuda, hip))
+    assert fnmatch.fnmatch(wheel.format(py=python, machine=machine), pattern)
+    other = doctor.k2_wheel(doctor.k2_build("2.10.0", cuda, hip))
+    assert not fnmatch.fnmatch(wheel.format(py=python, machine=machine), other)
 
 
 def test_a_k2_for_another_torch_is_a_warning_not_a_failure(tmp_path, monkeypatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harken.core.errors import HarkenError
-from harken.data.tokens import BLANK, Characters, Pieces, load_tokenizer
+from harken.data.tokens import BLANK, BytePieces, Characters, Pieces, load_tokenizer
 
 TEXTS = ["the cat sat on the mat", "it's a dog's life", "the dog sat too", "a cat and a mat", "sit on it then"] * 4
 
@@ -23,7 +23,12 @@ def pieces(folder: Path) -> Path:
     return folder / "bpe.model"
 
 
-@pytest.mark.parametrize("make", [characters, pieces])
+def byte_pieces(folder: Path) -> Path:
+    BytePieces.train(TEXTS, folder / "bytes.model", 270)
+    return folder / "bytes.model"
+
+
+@pytest.mark.parametrize("make", [characters, pieces, byte_pieces])
 def test_texts_survive_and_the_blank_is_nobodys(make, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make(tmp_path))
     assert BLANK == 0
@@ -75,3 +80,20 @@ def test_what_cannot_be_encoded_or_found_is_named(tmp_path: Path) -> None:
 def test_a_tokenizer_can_be_sent_to_a_worker(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(characters(tmp_path))
     assert pickle.loads(pickle.dumps(tokenizer)).encode("a cat") == tokenizer.encode("a cat")
+
+
+def test_byte_pieces_know_every_script_and_survive_broken_bytes(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_pieces(tmp_path))
+    assert isinstance(tokenizer, BytePieces)
+    for text in ("naïve café", "中文 句子", "пример", "🙂 x\u2800y", "The CAT"):
+        assert tokenizer.unknown(text) == set()
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokens = tokenizer.encode("中a")
+    assert tokenizer.decode(tokens[:-2] + tokens[-1:]) == "a", "a character that lacks a byte is left out"
+    assert len(set(tokenizer.symbols())) == tokenizer.size
+    assert "a" in tokenizer.symbols()
+    assert len(tokenizer.encode("the cat sat on the mat")) < len("the cat sat on the mat")
+
+
+def test_pieces_over_characters_are_not_taken_for_bytes(tmp_path: Path) -> None:
+    assert type(load_tokenizer(pieces(tmp_path))) is Pieces

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections import defaultdict
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from harken.core.errors import HarkenError
 from harken.decode.arpa import save_arpa
+from harken.decode.k2_search import FastBeamOptions, fast_beam_search
 from harken.decode.kneser_ney import train_ngram
 from harken.decode.ngram import NGramScorer
 from harken.decode.search import DecodeConfig, make_search, make_transducer_search
@@ -177,3 +179,19 @@ def test_an_arpa_file_is_used_as_for_ctc(tmp_path) -> None:
     options = TransducerBeam(beam=4, scorer=scorer, scorer_weight=0.5, bonus=np.full(4, 0.3))
     found = make_transducer_search(config, networks, symbols)(frames, lengths)
     assert found == modified_beam_search(frames, lengths, networks, options)
+
+
+# k2's fast beam search
+
+
+def test_without_k2_fast_beam_search_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "k2", None)
+    with pytest.raises(HarkenError, match=r"`--method fast_beam` needs k2, .* or set `--method modified_beam`"):
+        make_transducer_search(DecodeConfig(method="fast_beam"), make(0, 4))
+
+
+def test_fast_beam_search_with_one_context_and_state_is_greedy() -> None:
+    pytest.importorskip("k2")
+    networks, frames, lengths = make(3, 5), frames_of(3, 3, 9), torch.tensor([9, 6, 8])
+    search = fast_beam_search(networks, FastBeamOptions(beam=20.0, max_contexts=1, max_states=1))
+    assert search(frames, lengths) == greedy_transducer_search(frames, lengths, networks)

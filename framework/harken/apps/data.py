@@ -32,7 +32,7 @@ ACTIONS = {
     "check": "look whether manifests, labels and texts fit a configuration, as `harken train` does before step 0",
     "verify": "decode every cut and list the bad ones; exit status 1 when there are any",
     "stats": "durations, speakers, texts, and how the sampling plan fills its batches",
-    "tokens": "make a tokenizer from the texts of manifests: a list of characters, or a BPE model",
+    "tokens": "make a tokenizer from the texts of manifests: a list of characters, or BPE of characters or bytes",
     "shards": "convert between indexed manifests, Lhotse Shar and WebDataset, audio in its own coding",
 }
 
@@ -114,7 +114,7 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifests with texts")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.model for BPE, else characters")
-    parser.add_argument("--kind", choices=("characters", "bpe"), help="(default: as the name of --out says)")
+    parser.add_argument("--kind", choices=("characters", "bpe", "byte-bpe"), help="(default: as --out says)")
     parser.add_argument("--size", type=int, metavar="N", help="classes of BPE, the blank included (default: 500)")
 
 
@@ -265,10 +265,10 @@ def run_tokens(args: argparse.Namespace) -> int:
     from harken.core.errors import HarkenError
     from harken.data.lines import text_of
     from harken.data.manifest import Manifest
-    from harken.data.tokens import Characters, Pieces
+    from harken.data.tokens import BytePieces, Characters, Pieces
 
     by_name = "bpe" if args.out.suffix == ".model" else "characters"
-    if (args.kind or by_name) != by_name:
+    if (args.kind or by_name).removeprefix("byte-") != by_name:
         raise HarkenError(
             f"--out must end in .model for BPE and otherwise for characters, got {args.out} and --kind {args.kind}"
         )
@@ -279,7 +279,8 @@ def run_tokens(args: argparse.Namespace) -> int:
     if not texts:
         raise HarkenError(f"no cut of {', '.join(map(str, args.manifests))} has a text")
     if by_name == "bpe":
-        size = Pieces.train(texts, args.out, args.size or 500).size
+        kind = BytePieces if args.kind == "byte-bpe" else Pieces
+        size = kind.train(texts, args.out, args.size or 500).size
         print(f"{args.out}: {size} classes, the blank included, from {len(texts)} texts")
         return 0
     tokenizer = Characters.train(texts)

@@ -7,8 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harken.apps.graph import add_source_arguments
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
     from harken.decode.search import DecodeConfig, Search
     from harken.evaluate.hypotheses import Utterance
@@ -19,6 +23,7 @@ HELP = "Decode manifests with a CTC model or a transducer, in batches, into file
 EXAMPLE = (
     "harken decode exp/finetune test.jsonl --out exp/decode\n"
     "  harken decode exp/finetune test.jsonl --out exp/beam --method prefix_beam --ngram lm.arpa --ngram-weight 0.6\n"
+    "  harken decode exp/finetune test.jsonl --out exp/graph --method graph --lexicon lexicon.txt --arpa words.arpa\n"
     "  harken decode exp/transducer test.jsonl --out exp/decode --method modified_beam --beam 4"
 )
 
@@ -38,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the hypothesis files")
     parser.add_argument(
         "--method",
-        choices=("greedy", "prefix_beam", "modified_beam"),
+        choices=("greedy", "prefix_beam", "graph", "modified_beam", "fast_beam"),
         default="greedy",
-        help="search (default: greedy); prefix_beam is for `ctc`, modified_beam for `transducer`",
+        help="search (default: greedy); prefix_beam, graph: for `ctc`; modified_beam, fast_beam: for `transducer`",
     )
     parser.add_argument("--beam", type=int, default=16, metavar="N", help="hypotheses kept (default: 16)")
     parser.add_argument(
@@ -58,6 +63,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insertion-bonus", type=float, default=0.0, metavar="B", help="added for each token, in nats (default: 0)"
     )
+    graph = parser.add_argument_group("of --method graph", "a word n-gram, in place of --ngram, --beam and the bonus")
+    graph.add_argument("--graph", type=Path, metavar="DIR", help="what `harken graph` wrote; or make one now, by:")
+    add_source_arguments(graph)
+    graph.add_argument(
+        "--graph-beam", type=float, default=16.0, metavar="N", help="nats below the best that are kept (default: 16)"
+    )
+    graph.add_argument("--max-active", type=int, default=7000, metavar="N", help="states of a frame (default: 7000)")
+    graph.add_argument(
+        "--acoustic-scale", type=float, default=1.0, metavar="W", help="factor on the model's scores (default: 1)"
+    )
+    graph.add_argument(
+        "--backend",
+        choices=("auto", "kaldi", "k2"),
+        default="auto",
+        help="what searches a graph (default: auto, k2 on a GPU where it imports, else kaldi)",
+    )
     parser.add_argument(
         "--max-seconds", type=float, default=120.0, metavar="S", help="padded audio of a batch (default: 120)"
     )
@@ -71,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
     """
     from harken.core.distributed import device
     from harken.core.errors import HarkenError
-    from harken.decode.search import DecodeConfig
     from harken.evaluate.hypotheses import write_hypotheses
     from harken.objectives.saved import load_objective
     from harken.objectives.transcripts import Recogniser
@@ -86,18 +106,10 @@ def run(args: argparse.Namespace) -> int:
             "`transducer`"
         )
     model.to(device())
-    options = DecodeConfig(
-        method=args.method,
-        beam=args.beam,
-        ngram=args.ngram,
-        ngram_weight=args.ngram_weight if args.method != "greedy" else 0.5,
-        insertion_bonus=args.insertion_bonus,
-        token_min_log_prob=-8.0 if args.method == "prefix_beam" else None,
-    )
-    search = search_of(model, options)
+    search, text_of = graph_search_of(model, args) if args.method == "graph" else token_search_of(model, args)
     for manifest, out in outputs.items():
         started = time.perf_counter()
-        utterances = decode_manifest(model, manifest, search, args.max_seconds, args.workers)
+        utterances = decode_manifest(model, manifest, search, text_of, args.max_seconds, args.workers)
         write_hypotheses(out, utterances)
         seconds, spent = sum(utterance.seconds for utterance in utterances), time.perf_counter() - started
         print(
@@ -105,6 +117,60 @@ def run(args: argparse.Namespace) -> int:
             f"{seconds / spent:.0f} x real time"
         )
     return 0
+
+
+def token_search_of(model: Recogniser, args: argparse.Namespace) -> tuple[Search, Callable[[list[int]], str]]:
+    """Return the search that the arguments ask for, and what turns its token ids into text."""
+    from harken.data.tokens import load_tokenizer
+    from harken.decode.search import DecodeConfig
+
+    beams = args.method in ("prefix_beam", "modified_beam")
+    options = DecodeConfig(
+        method=args.method,
+        beam=args.beam,
+        ngram=args.ngram,
+        ngram_weight=args.ngram_weight if beams else 0.5,
+        insertion_bonus=args.insertion_bonus,
+        token_min_log_prob=-8.0 if args.method == "prefix_beam" else None,
+    )
+    return search_of(model, options), load_tokenizer(model.config.tokenizer).decode
+
+
+def graph_search_of(model: Recogniser, args: argparse.Namespace) -> tuple[Search, Callable[[list[int]], str]]:
+    """Return the search through the graph that the arguments name, and what turns its word numbers into text.
+
+    Raises HarkenError for a model that is no CTC model and for a graph of another tokenizer.
+    """
+    from harken.apps.graph import make_graph
+    from harken.core.distributed import device
+    from harken.core.errors import HarkenError
+    from harken.core.files import sha256_file
+    from harken.decode.graph import Graph, GraphOptions, graph_search
+    from harken.decode.k2_search import k2_graph_search
+    from harken.decode.search import checked
+    from harken.nn.transducer.k2_lattice import k2_serves_gpus
+    from harken.objectives.ctc import Ctc
+
+    if not isinstance(model, Ctc):
+        raise HarkenError("`--method graph` is for `ctc` models, and this is a transducer; modified_beam is for those")
+    if args.ngram is not None or args.insertion_bonus:
+        raise HarkenError(
+            "`--ngram` and `--insertion-bonus` have no effect with `--method graph`: --arpa is its n-gram"
+        )
+    if args.graph is not None and (args.lexicon or args.arpa):
+        raise HarkenError("`--graph` is a graph that was made before, `--lexicon` and `--arpa` make one: name either")
+    tokenizer = model.config.tokenizer
+    graph = make_graph(tokenizer, args.lexicon, args.arpa) if args.graph is None else Graph.load(args.graph)
+    if graph.card["tokenizer"] != sha256_file(tokenizer):
+        raise HarkenError(f"{args.graph} is of another tokenizer than {tokenizer}: `harken graph --tokens {tokenizer}`")
+    options = GraphOptions(beam=args.graph_beam, max_active=args.max_active, acoustic_scale=args.acoustic_scale)
+    by_k2 = args.backend == "k2" or (args.backend == "auto" and device().type == "cuda" and k2_serves_gpus())
+    found = (k2_graph_search if by_k2 else graph_search)(graph, options)
+
+    def search(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
+        return found(checked(log_probs, lengths, graph.card["classes"]), lengths)
+
+    return search, lambda numbers: " ".join(graph.words[number - 1] for number in numbers)
 
 
 def search_of(model: Objective, options: DecodeConfig) -> Search:
@@ -154,9 +220,14 @@ def output_files(manifests: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def decode_manifest(
-    model: Recogniser, manifest: Path, search: Search, max_seconds: float, workers: int
+    model: Recogniser,
+    manifest: Path,
+    search: Search,
+    text_of: Callable[[list[int]], str],
+    max_seconds: float,
+    workers: int,
 ) -> list[Utterance]:
-    """Return the utterances of a manifest with hypotheses, in the manifest's order."""
+    """Return the utterances of a manifest with hypotheses, in the manifest's order; text_of: of what a search finds."""
     import torch
 
     from harken.config.schema import DataConfig
@@ -164,20 +235,18 @@ def decode_manifest(
     from harken.data.dataset import as_it_is
     from harken.data.loader import EvalLoader
     from harken.data.manifest import Manifest
-    from harken.data.tokens import load_tokenizer
     from harken.evaluate.hypotheses import Utterance
 
     opened = Manifest(manifest)
     data = DataConfig(train=str(manifest), sample_rate=model.backbone.spec.sample_rate, workers=workers)
     texts: dict[str, str] = {}
-    tokenizer = load_tokenizer(model.config.tokenizer)
     with torch.inference_mode():
         for batch, _ in EvalLoader(str(manifest), data, max_seconds, as_it_is):
             for note in batch.notes:
                 print(f"NOTE {note.kind}: {note.reason}")
             found = search(*model.search_input(batch.to(device())))
             for cut, tokens in zip(batch.ids, found, strict=True):
-                texts[cut] = " ".join(tokenizer.decode(tokens).split())
+                texts[cut] = " ".join(text_of(tokens).split())
     rows = []
     for cut in opened:
         speaker = next((part.speaker for part in cut.supervisions if part.speaker), "?")

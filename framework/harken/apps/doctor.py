@@ -237,22 +237,33 @@ def check_compiler(report: Report) -> None:
         )
 
 
-def k2_wheel(torch_version: str, cuda: str | None) -> str:
-    """Return the name that a k2 wheel for this torch, device and Python has, with `*` for k2's own version."""
-    device = f"cuda{cuda}" if cuda else "cpu"
+def k2_build(torch_version: str, cuda: str | None, hip: str | None = None) -> str:
+    """Return the local version of the k2 for this torch and device, for example `cuda13.0.torch2.11.0`.
+
+    hip: the ROCm that torch was built with. Source: k2's installation pages, with wheels for CPUs, CUDA and ROCm.
+    """
+    device = f"cuda{cuda}" if cuda else f"rocm{'.'.join(hip.split('.')[:2])}" if hip else "cpu"
+    return f"{device}.torch{torch_version.partition('+')[0]}"
+
+
+def k2_wheel(build: str) -> str:
+    """Return the name of the k2 wheel of a build for this Python and machine, with `*` for k2's own version.
+
+    Source: the lists of k2's installation pages: `...-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl`.
+    """
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    release = torch_version.partition("+")[0]
-    return f"k2-*+{device}.torch{release}-{python}-{python}-*{platform.machine()}.whl"
+    return f"k2-*+{build}-{python}-{python}-*_{platform.machine().lower()}.whl"
 
 
 def check_k2(report: Report, torch: Any | None) -> None:
     """k2 is for lattices and pruned transducers only; a wheel built for another torch does not import."""
     if torch is None:
         return
-    wheel = k2_wheel(torch.__version__, torch.version.cuda)
+    build = k2_build(torch.__version__, torch.version.cuda, getattr(torch.version, "hip", None))
     fix = (
-        f"take {wheel} from the wheel index of k2's authors (k2's installation page links it): "
-        f"tools/setup.sh --force --extras dev,k2 --pip-args '--find-links PAGE'"
+        f"look for {k2_wheel(build)} on k2's installation pages, which list wheels by torch and device; where it is "
+        f"there, {pip()} k2==VERSION+{build} --find-links PAGE; where not, take a torch that they list, or build k2 "
+        "from source"
     )
     try:
         report.optional["k2"] = str(getattr(importlib.import_module("k2"), "__version__", "imports"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_path, write_text_atomic
@@ -128,8 +128,11 @@ class Pieces:
         return ["<blank>", *(str(self._model.id_to_piece(index)) for index in range(self.size - 1))]
 
     @classmethod
-    def train(cls, texts: Iterable[str], path: Path, size: int, kind: str = "bpe") -> Pieces:
-        """Train a model of `size` classes (the blank included) and write it to `path` (`.model`)."""
+    def train(cls, texts: Iterable[str], path: Path, size: int, **options: Any) -> Pieces:
+        """Train a BPE model of `size` classes (the blank included) and write it to `path` (`.model`).
+
+        options: more of sentencepiece's. Raises HarkenError when the texts do not give as many classes.
+        """
         import sentencepiece
 
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
@@ -138,20 +141,69 @@ class Pieces:
                     sentence_iterator=iter(texts),
                     model_writer=stream,
                     vocab_size=size - 1,
-                    model_type=kind,
+                    model_type="bpe",
                     character_coverage=1.0,
                     max_sentence_length=2**30,  # longer texts than 4192 bytes are left out by default, unsaid
                     bos_id=-1,
                     eos_id=-1,
                     minloglevel=2,
+                    **options,
                 )
             except RuntimeError as error:
                 raise HarkenError(f"sentencepiece could not train {size} classes: {error}") from error
         return cls(path)
 
 
+_FIRST_BYTE = 0x2800  # the Braille patterns are 256 printable characters, which other texts hardly hold
+_NEVER = {0x20, 0xC0, 0xC1, *range(0xF5, 0x100)}  # the space stays one; UTF-8 has no such bytes
+
+
+class BytePieces(Pieces):
+    """BPE over the bytes of UTF-8: every text of every script has tokens, and none is unknown.
+
+    In the sentencepiece model byte b is the Braille pattern U+2800 + b, by which `load_tokenizer` knows it. Source:
+    Wang et al. 2020, "Neural machine translation with byte-level subwords", arXiv 1909.03341; icefall has it too.
+    """
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text's pieces."""
+        return super().encode(_to_patterns(text))
+
+    def unknown(self, text: str) -> set[str]:
+        """Return nothing: each byte has a class."""
+        return set()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of ids; bytes that are no UTF-8, which a model can write, are left out."""
+        codes = (0x20 if pattern == " " else ord(pattern) - _FIRST_BYTE for pattern in super().decode(tokens))
+        return bytes(code for code in codes if 0 <= code < 256).decode("utf-8", errors="ignore")
+
+    def symbols(self) -> list[str]:
+        """Return what each class is called: ASCII as itself, other bytes by their patterns."""
+        ascii_of = {_FIRST_BYTE + byte: chr(byte) for byte in range(0x21, 0x7F)}
+        return [symbol.translate(ascii_of) for symbol in super().symbols()]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], path: Path, size: int, **options: Any) -> BytePieces:
+        """Train as `Pieces.train` does; all bytes that UTF-8 has are classes, whether they occur or not."""
+        patterns = "".join(chr(_FIRST_BYTE + byte) for byte in range(256) if byte not in _NEVER)
+        given = {"normalization_rule_name": "identity", "required_chars": patterns, **options}
+        super().train(map(_to_patterns, texts), path, size, **given)
+        return cls(path)
+
+    @property
+    def holds_bytes(self) -> bool:
+        """Whether the model is one of bytes."""
+        first, last = chr(_FIRST_BYTE), chr(_FIRST_BYTE + 255)
+        return any(first <= letter <= last for symbol in super().symbols() for letter in symbol)
+
+
+def _to_patterns(text: str) -> str:
+    return "".join(" " if byte == 0x20 else chr(_FIRST_BYTE + byte) for byte in text.encode())
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a tokenizer: sentencepiece for `.model`, a list of characters otherwise.
+    """Open a tokenizer: sentencepiece (over characters or bytes) for `.model`, a list of characters otherwise.
 
     Raises HarkenError when the file is not there or holds neither.
     """
@@ -159,7 +211,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise HarkenError(f"no tokenizer at {path}; `harken data tokens MANIFEST --out {path}` makes one")
     try:
-        return Pieces(path) if path.suffix == ".model" else Characters.load(path)
+        if path.suffix != ".model":
+            return Characters.load(path)
+        of_bytes = BytePieces(path)
+        return of_bytes if of_bytes.holds_bytes else Pieces(path)
     except (RuntimeError, UnicodeDecodeError) as error:
         kind = "a sentencepiece model" if path.suffix == ".model" else "a list of characters, one a line"
         raise HarkenError(f"{path} must be {kind}, and cannot be read: {error}") from error

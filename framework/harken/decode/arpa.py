@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -42,18 +43,36 @@ def load_arpa(path: str | Path) -> NGram:
 
     Raises HarkenError when the file is missing, cut short or not ARPA; the message names the line.
     """
-    path = Path(path)
-    reader = _Reader(path)
+    reader = _Reader(Path(path))
+    with _lines_for(reader) as lines:
+        return reader.read(lines)
+
+
+def arpa_words(path: str | Path) -> list[str]:
+    """Return the words of an ARPA file, plain or gzip, without reading its longer n-grams.
+
+    Raises HarkenError as `load_arpa` does, for what it reads.
+    """
+    reader = _Reader(Path(path))
+    with _lines_for(reader) as lines:
+        return reader.words(lines)
+
+
+@contextmanager
+def _lines_for(reader: _Reader) -> Iterator[Iterator[str]]:
+    """Open a reader's file for it; what goes wrong is said with the last line read."""
+    path = reader.path
     try:
-        with _open(path) as stream:
-            return reader.read(line.rstrip("\r\n") for line in stream)
+        with open_arpa(path) as stream:
+            yield (line.rstrip("\r\n") for line in stream)
     except (FileNotFoundError, IsADirectoryError):
         raise HarkenError(f"no n-gram model at {path}; expected an ARPA file") from None
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise HarkenError(f"{path}, after line {reader.line}: {error}; expected an ARPA file in UTF-8") from None
 
 
-def _open(path: Path) -> TextIO:
+def open_arpa(path: Path) -> TextIO:
+    """Open a text file, plain or gzip (`.gz`)."""
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
@@ -73,6 +92,12 @@ class _Reader:
             self._section(lines, order, number, has_backoff=order < len(expected))
         self._expect_line(lines, "\\end\\")
         return NGram(len(expected), list(self.id_of), self.contexts)
+
+    def words(self, stream: Iterator[str]) -> list[str]:
+        lines = self._numbered(stream)
+        expected = self._header(lines)
+        self._section(lines, 1, expected[0], has_backoff=len(expected) > 1)
+        return list(self.id_of)
 
     def _numbered(self, stream: Iterator[str]) -> Iterator[str]:
         for self.line, line in enumerate(stream, start=1):

@@ -14,11 +14,12 @@ from torch import Tensor
 from harken.core.errors import HarkenError, nearest
 from harken.decode.arpa import load_arpa
 from harken.decode.greedy import greedy_search
+from harken.decode.k2_search import FastBeamOptions, fast_beam_search
 from harken.decode.ngram import SPACE, NGramScorer
 from harken.decode.prefix_beam import BeamOptions, Floats, prefix_beam_search
 from harken.decode.transducer import Networks, TransducerBeam, greedy_transducer_search, modified_beam_search
 
-Method = Literal["greedy", "prefix_beam", "modified_beam"]
+Method = Literal["greedy", "prefix_beam", "modified_beam", "fast_beam"]
 METHODS: tuple[Method, ...] = get_args(Method)
 WORD_BEGINNINGS = (" ", "<space>", SPACE)
 
@@ -30,7 +31,8 @@ class DecodeConfig:
     """How token ids are found. Weights and bonuses are in natural-log units."""
 
     method: Method = "greedy"
-    """`greedy`; with beams `prefix_beam` for CTC models and `modified_beam` for transducers, for which all below is."""
+    """`greedy`; with beams, for which all below is, `prefix_beam` for CTC models and `modified_beam` for transducers.
+    `fast_beam`, for transducers, is k2's and takes none of it."""
     beam: int = 16
     """Prefixes or hypotheses kept after each frame."""
     ngram: str | None = None
@@ -63,10 +65,12 @@ class DecodeConfig:
         for key in ("insertion_bonus", "word_bonus"):
             if not math.isfinite(getattr(self, key)):
                 raise HarkenError(f"`decode.{key}` must be a finite number, got {getattr(self, key)}")
-        if self.method == "greedy" and (self.ngram is not None or self.insertion_bonus or self.word_bonus):
+        if self.method in ("greedy", "fast_beam") and (
+            self.ngram is not None or self.insertion_bonus or self.word_bonus
+        ):
             raise HarkenError(
                 "`decode.ngram`, `decode.insertion_bonus` and `decode.word_bonus` have no effect with `decode.method` "
-                "greedy; set `decode.method=prefix_beam`, for a transducer modified_beam, or leave them out"
+                f"{self.method}; set `decode.method=prefix_beam`, for a transducer modified_beam, or leave them out"
             )
         if self.method != "prefix_beam" and (self.token_top_k, self.token_min_log_prob) != (None, None):
             raise HarkenError(
@@ -86,7 +90,7 @@ def make_search(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequ
     """
     scorer = _scorer(config, "prefix_beam", num_tokens, blank, symbols)
     if config.method == "greedy":
-        return lambda log_probs, lengths: greedy_search(_checked(log_probs, lengths, num_tokens), lengths, blank=blank)
+        return lambda log_probs, lengths: greedy_search(checked(log_probs, lengths, num_tokens), lengths, blank=blank)
     options = BeamOptions(
         blank=blank,
         beam=config.beam,
@@ -98,7 +102,7 @@ def make_search(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequ
     )
 
     def search(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
-        frames = _checked(log_probs, lengths, num_tokens).detach().to("cpu", torch.float64).numpy()
+        frames = checked(log_probs, lengths, num_tokens).detach().to("cpu", torch.float64).numpy()
         ends = lengths.tolist()
         return [prefix_beam_search(one[:end], options)[0].tokens for one, end in zip(frames, ends, strict=True)]
 
@@ -113,6 +117,7 @@ def make_transducer_search(config: DecodeConfig, networks: Networks, symbols: Se
     num_tokens, blank = networks.joiner.output.out_features, networks.predictor.blank
     width = networks.joiner.output.in_features
     scorer = _scorer(config, "modified_beam", num_tokens, blank, symbols)
+    fast = fast_beam_search(networks, FastBeamOptions()) if config.method == "fast_beam" else None
     options = TransducerBeam(
         beam=config.beam,
         scorer=scorer,
@@ -121,9 +126,11 @@ def make_transducer_search(config: DecodeConfig, networks: Networks, symbols: Se
     )
 
     def search(frames: Tensor, lengths: Tensor) -> list[list[int]]:
-        frames = _checked(frames, lengths, width, "frames")
+        frames = checked(frames, lengths, width, "frames")
         if config.method == "greedy":
             return greedy_transducer_search(frames, lengths, networks)
+        if fast is not None:
+            return fast(frames, lengths)
         return modified_beam_search(frames, lengths, networks, options)
 
     return search
@@ -133,7 +140,7 @@ def _scorer(
     config: DecodeConfig, beam: Method, num_tokens: int, blank: int, symbols: Sequence[str] | None
 ) -> NGramScorer | None:
     """Return the n-gram model that is asked for; beam: the beam search of this kind of model."""
-    if config.method not in ("greedy", beam):
+    if config.method not in ("greedy", beam) and (config.method, beam) != ("fast_beam", "modified_beam"):
         kind = "a CTC model" if beam == "prefix_beam" else "a transducer"
         raise HarkenError(f"`decode.method` must be greedy or {beam} for {kind}, got {config.method}")
     if not 0 <= blank < num_tokens:
@@ -155,7 +162,8 @@ def _bonus(config: DecodeConfig, num_tokens: int, blank: int, symbols: Sequence[
     return bonus
 
 
-def _checked(log_probs: Tensor, lengths: Tensor, width: int, kind: str = "log-probabilities") -> Tensor:
+def checked(log_probs: Tensor, lengths: Tensor, width: int, kind: str = "log-probabilities") -> Tensor:
+    """Return them as they are. Raises HarkenError for another shape than `(B, T, width)` and for NaN in them."""
     if log_probs.dim() != 3 or log_probs.shape[2] != width or lengths.shape != log_probs.shape[:1]:
         raise HarkenError(
             f"expected {kind} (B, T, {width}) and lengths (B,), got {tuple(log_probs.shape)} and {tuple(lengths.shape)}"

@@ -63,6 +63,7 @@ class Ctc(Recogniser):
                 f"`objective.intermediate_layers` must lie in 1..{last - 1}, got {list(config.intermediate_layers)}"
             )
         self.intermediate_norms = nn.ModuleList(nn.LayerNorm(backbone.dim) for _ in config.intermediate_layers)
+        self.attention = config.attention_decoder(backbone.dim, self.classes)
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> TranscriptPrepare:
@@ -115,8 +116,12 @@ class Ctc(Recogniser):
             inner = torch.stack([ctc_loss(self._classify(x), lengths, batch) for x in hidden]).mean()
             total = (1 - own.intermediate_weight) * main + own.intermediate_weight * inner
             metrics["loss_intermediate"] = (inner.detach(), count)
+        attention, more = self.attend(encoded, batch)
+        metrics.update(more)
+        total = total + attention
         return Loss(total=encoded.penalised(total), metrics=metrics)
 
     def head_flops(self, frames: int) -> float:
-        """Count the linear head."""
-        return 2.0 * frames * self.head.weight.numel() * (1 + len(self.config.intermediate_layers))
+        """Count the linear head, and the attention decoder's work on frames."""
+        heads = 2.0 * frames * self.head.weight.numel() * (1 + len(self.config.intermediate_layers))
+        return heads + self.attention_flops(frames)

@@ -25,6 +25,7 @@ from harken.data.masking import SpanMask
 from harken.data.tokens import BLANK, Tokenizer, load_tokenizer
 from harken.data.transcripts import check_transcripts
 from harken.encoders.base import Encoded
+from harken.nn.attention_decoder import AttentionDecoder, attention_loss
 from harken.objectives.base import Objective
 
 Mask = NDArray[np.bool_]
@@ -61,14 +62,57 @@ class TranscriptConfig(SlotConfig):
     """Each block below the last has its learning rate multiplied by this once more."""
     head_rate: float = 1.0
     """Factor on the learning rate of what is not the backbone."""
+    attention_weight: float = 0.0
+    """Weight of the loss of an attention decoder beside the others; 0 has none. It is not searched. icefall
+    `attention-decoder-loss-scale`: its CTC/AED results have 0.9 beside 0.1 of CTC (ASR/RESULTS.md), which is 9 here."""
+    attention_layers: int = 6
+    """Blocks of that decoder. icefall `attention-decoder-num-layers`."""
+    attention_dim: int = 512
+    """icefall `attention-decoder-dim`."""
+    attention_heads: int = 8
+    """icefall `attention-decoder-num-heads`."""
+    attention_ffn_dim: int = 2048
+    """icefall `attention-decoder-feedforward-dim`."""
+    attention_dropout: float = 0.1
+    """icefall's `AttentionDecoderModel`."""
+    label_smoothing: float = 0.1
+    """Share of the decoder's targets spread over all classes. icefall `label-smoothing`."""
 
     def __post_init__(self) -> None:
         check_numbers(
             self,
             "objective",
-            positive=("mask_length", "mask_channel_length"),
-            not_negative=("band_masks", "band_mask_width", "freeze_steps", "layer_decay", "head_rate"),
-            shares=("mask_probability", "mask_channel_probability"),
+            positive=(
+                "mask_length",
+                "mask_channel_length",
+                "attention_layers",
+                "attention_dim",
+                "attention_heads",
+                "attention_ffn_dim",
+            ),
+            not_negative=(
+                "attention_weight",
+                "band_masks",
+                "band_mask_width",
+                "freeze_steps",
+                "layer_decay",
+                "head_rate",
+            ),
+            shares=("mask_probability", "mask_channel_probability", "attention_dropout", "label_smoothing"),
+        )
+
+    def attention_decoder(self, frame_dim: int, classes: int) -> AttentionDecoder | None:
+        """Return the decoder of the auxiliary loss, which is built last so that the other weights do not change."""
+        if not self.attention_weight:
+            return None
+        return AttentionDecoder(
+            frame_dim,
+            classes,
+            dim=self.attention_dim,
+            layers=self.attention_layers,
+            heads=self.attention_heads,
+            ffn_dim=self.attention_ffn_dim,
+            dropout=self.attention_dropout,
         )
 
 
@@ -201,6 +245,25 @@ class Recogniser(Objective):
     """An objective that learns transcripts, whose model `harken decode` searches."""
 
     config: TranscriptConfig
+    attention: AttentionDecoder | None
+
+    def attend(self, encoded: Encoded, batch: Batch) -> tuple[Tensor | float, dict[str, tuple[Tensor, Tensor]]]:
+        """Return the weighted loss of the attention decoder, and its metric; 0 and none without one."""
+        if self.attention is None:
+            return 0.0, {}
+        tokens, lengths = batch.targets["tokens"], batch.targets["token_lengths"]
+        scores = self.attention(tokens, encoded.last, encoded.lengths)
+        loss = attention_loss(scores, tokens, lengths, batch.targets["weight"], self.config.label_smoothing)
+        return self.config.attention_weight * loss, {
+            "loss_attention": (loss.detach(), loss.new_tensor(batch.num_targets))
+        }
+
+    def attention_flops(self, frames: int) -> float:
+        """Count what the attention decoder does for each frame; its part for each token is small beside it."""
+        if self.attention is None:
+            return 0.0
+        width, blocks = self.attention.dim, len(self.attention.blocks)
+        return 2.0 * frames * (self.attention.frames.weight.numel() + blocks * 2 * width * width)
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> TranscriptPrepare:

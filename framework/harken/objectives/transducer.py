@@ -94,6 +94,7 @@ class Transducer(Recogniser):
         self.simple_am = quiet_linear(backbone.dim, classes)
         self.simple_lm = quiet_linear(config.predictor_dim, classes)
         self.ctc = nn.Linear(backbone.dim, classes) if config.ctc_weight else None
+        self.attention = config.attention_decoder(backbone.dim, classes)
         # saved with the weights, so that a run that goes on does not warm up again
         self.steps_taken: Tensor
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
@@ -132,6 +133,9 @@ class Transducer(Recogniser):
             ctc = ctc_loss(log_probs, encoded.lengths, batch)
             total = total + own.ctc_weight * ctc
             metrics["loss_ctc"] = (ctc.detach(), count)
+        attention, more = self.attend(encoded, batch)
+        metrics.update(more)
+        total = total + attention
         return Loss(total=encoded.penalised(total), metrics=metrics)
 
     @staticmethod
@@ -163,4 +167,4 @@ class Transducer(Recogniser):
         """Count what is done for each frame; the predictor's part, for each token, is small beside it."""
         once = [self.simple_am, self.joiner.frames, *([self.ctc] if self.ctc is not None else [])]
         pairs = self.config.prune_range * self.joiner.output.weight.numel()
-        return 2.0 * frames * (sum(layer.weight.numel() for layer in once) + pairs)
+        return 2.0 * frames * (sum(layer.weight.numel() for layer in once) + pairs) + self.attention_flops(frames)

@@ -23,24 +23,28 @@ def lattice_sums(arcs: Arcs, backend: Backend = "auto") -> Sums:
 
     Raises HarkenError when k2 is asked for and does not import.
     """
-    if backend == "harken" or (backend == "auto" and not (arcs.emit.is_cuda and _serves_gpus())):
+    if backend == "harken" or (backend == "auto" and not (arcs.emit.is_cuda and k2_serves_gpus())):
         return sum_paths(arcs)
-    return _sum_by_k2(arcs, _k2())
+    return _sum_by_k2(arcs, load_k2("objective.backend: k2", "objective.backend: auto"))
 
 
-def _k2() -> Any:
+def load_k2(asked: str, instead: str) -> Any:
+    """Import k2. asked, instead: the setting that needs it and the one that does not, for the error.
+
+    Raises HarkenError when it does not import.
+    """
     try:
         return importlib.import_module("k2")
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # a wheel of another torch lacks symbols
         raise HarkenError(
-            f"`objective.backend: k2` needs k2, and it does not import ({error}); `harken doctor` names the wheel, "
-            "or set `objective.backend: auto`"
+            f"`{asked}` needs k2, and it does not import ({error}); `harken doctor` names the wheel, or set `{instead}`"
         ) from error
 
 
-def _serves_gpus() -> bool:
+def k2_serves_gpus() -> bool:
+    """Whether k2 imports and has its CUDA kernels."""
     try:
-        return bool(_k2().with_cuda)
+        return bool(load_k2("", "").with_cuda)
     except HarkenError:
         return False
 
