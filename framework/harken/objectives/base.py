@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import nn
 
@@ -33,7 +33,10 @@ class Objective(nn.Module):
     """A backbone, a head and a loss.
 
     It is built as `cls(config, run=run_config, backbone=backbone)`. Its backbone's parameters are named `backbone.*`.
+    needs_causal: it predicts what an encoder that sees later frames would copy (`Encoder.causal`).
     """
+
+    needs_causal: ClassVar[bool] = False
 
     backbone: Backbone
 
