@@ -157,7 +157,12 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("objective", "hubert"): [{}, {"head": "linear"}],
     ("objective", "transducer"): [{}, {"ctc_weight": 0.2, "prune_range": 2, "context": 1}],
     ("objective", "wav2vec"): [{}, {"first_step": 3, "negative_weight": 0.5}],
-    ("objective", "wav2vec2"): [{}, {"quantizer_dim": 24, "groups": 3, "mask_probability": 0.3}],
+    ("objective", "wav2vec2"): [
+        {},
+        {"quantizer_dim": 24, "groups": 3, "mask_probability": 0.3},
+        {"views": "context"},
+        {"views": "both", "projection": "mlp"},
+    ],
 }
 
 
