@@ -65,6 +65,8 @@ class Corpus:
             },
             "wav2vec2": {"name": "wav2vec2", "entries": 6, "code_dim": 16, "negatives": 8, "mask_length": 4},
             "data2vec": {"name": "data2vec", "top_layers": 2, "mask_length": 4},
+            "cpc": {"name": "cpc", "steps": 3, "negatives": 5, "heads": 4, "ffn_dim": 16},
+            "wav2vec": {"name": "wav2vec", "steps": 3, "negatives": 5},
         }
         return {
             "seed": 7,

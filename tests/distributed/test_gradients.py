@@ -36,6 +36,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ctc": ("ctc", "filterbank", {"layer_drop": 0.0}),
     "wav2vec2": ("wav2vec2", "waveform", {"layer_drop": 0.0}),
     "data2vec": ("data2vec", "filterbank", {"layer_drop": 0.0}),
+    "cpc": ("cpc", "waveform", {"name": "recurrent", "dim": 16}),
+    "wav2vec": ("wav2vec", "filterbank", {"name": "causal_convolution", "dim": 16, "kernels": [2, 3], "dropout": 0.1}),
     "dropped-layer": ("hubert", "filterbank", {"layer_drop": 0.5}),
     "zipformer": ("hubert", "filterbank", ZIPFORMER),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -40,10 +42,12 @@ def by_hand(model, batch) -> dict[str, float]:
     """Equations 2 to 4 of arXiv 2006.11477, one masked frame and one negative at a time."""
     backbone, own = model.backbone, model.config
     mask = batch.targets["mask"]
-    frames, x, lengths = backbone.embed(batch.inputs, batch.lengths, {"mask": mask})
+    seen = batch.targets.get("view", batch.inputs)
+    frames, x, lengths = backbone.embed(seen, batch.lengths, {"mask": mask})
     context = backbone.encoder.encode(x, lengths).last
+    compared, _ = backbone.frontend(batch.targets.get("target_view", batch.inputs), batch.lengths)
     latents = functional.layer_norm(
-        frames,
+        compared,
         frames.shape[-1:],
         backbone.encoder.input_norm.weight,
         backbone.encoder.input_norm.bias,
@@ -85,9 +89,18 @@ def by_hand(model, batch) -> dict[str, float]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("over", ["utterance", "batch"])
-def test_the_loss_is_the_papers(corpus, batch, over: str) -> None:
-    model, prepare = make(corpus, f"objective.diversity_over={over}")
+@pytest.mark.parametrize(
+    ("over", "views", "projection"),
+    [
+        ("utterance", "none", "linear"),
+        ("batch", "none", "linear"),
+        ("utterance", "context", "linear"),
+        ("utterance", "both", "mlp"),
+    ],
+)
+def test_the_loss_is_the_papers(corpus, batch, over: str, views: str, projection: str) -> None:
+    switches = [f"objective.views={views}", f"objective.projection={projection}"]
+    model, prepare = make(corpus, f"objective.diversity_over={over}", *switches)
     batch = drawn(prepare, batch)
     loss, expected = model(batch), by_hand(model, batch)
     if over == "batch":
@@ -140,6 +153,21 @@ def test_rows_without_two_masked_frames_have_no_targets(corpus) -> None:
     loss = model(short)
     assert float(loss.total) == 0.0
     assert all(torch.isfinite(value) for value, _ in loss.metrics.values())
+
+
+def test_views_are_of_training_and_leave_masks_and_negatives_as_they_were(corpus, batch) -> None:
+    config = corpus.config("wav2vec2", "filterbank", "objective.views=both", "objective.view_noise=1")
+    spec = build_objective(config).backbone.spec
+    plain = drawn(make(corpus)[1], batch).targets
+    viewed = drawn(build_prepare(config, spec, train=True), batch).targets
+    assert set(viewed) - set(plain) == {"view", "target_view"}
+    assert all(torch.equal(value, viewed[name]) for name, value in plain.items())
+    for row, length in enumerate(batch.lengths.tolist()):
+        three = [batch.inputs[row, :length], viewed["view"][row, :length], viewed["target_view"][row, :length]]
+        pairs = itertools.combinations(three, 2)
+        assert not any(torch.allclose(one, other, atol=1e-3) for one, other in pairs)
+        assert not viewed["view"][row, length:].any()
+    assert "view" not in drawn(build_prepare(config, spec, train=False), batch).targets
 
 
 def quantizer() -> ProductQuantizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -30,7 +31,10 @@ class Encoder(nn.Module):
 
     dim: width of a representation. num_layers: hidden[0] is the first block's input, hidden[i] the output of block i.
     checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
+    causal: no frame of any layer depends on a later frame.
     """
+
+    causal: ClassVar[bool] = False
 
     dim: int
     num_layers: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import nn
 
@@ -33,7 +33,10 @@ class Objective(nn.Module):
     """A backbone, a head and a loss.
 
     It is built as `cls(config, run=run_config, backbone=backbone)`. Its backbone's parameters are named `backbone.*`.
+    needs_causal: it predicts what an encoder that sees later frames would copy (`Encoder.causal`).
     """
+
+    needs_causal: ClassVar[bool] = False
 
     backbone: Backbone
 
@@ -61,16 +64,20 @@ class Objective(nn.Module):
     def flops(self, batch: Batch) -> float:
         """Return the operations of a training step over the batch's real audio: forward, and twice that backward.
 
-        A frozen frontend has no backward pass. A multiply-add counts as two. Recomputed activations do not count.
+        A multiply-add counts as two. Recomputed activations do not count.
         """
         backbone = self.backbone
-        frontend_passes = 3.0 if any(parameter.requires_grad for parameter in backbone.frontend.parameters()) else 1.0
         total = 0.0
         for samples in batch.lengths.tolist():
             frames = backbone.spec.num_frames(samples)
-            total += frontend_passes * backbone.frontend.flops(samples)
-            total += 3.0 * (backbone.encoder.flops(frames) + self.head_flops(frames))
+            total += self.frontend_flops(samples) + 3.0 * (backbone.encoder.flops(frames) + self.head_flops(frames))
         return total
+
+    def frontend_flops(self, samples: int) -> float:
+        """Return the operations of the frontend in a training step over `samples`; a frozen one has no way back."""
+        frontend = self.backbone.frontend
+        passes = 3.0 if any(parameter.requires_grad for parameter in frontend.parameters()) else 1.0
+        return passes * frontend.flops(samples)
 
     def after_step(self, step: int) -> None:
         """Update what no optimiser updates (teachers, temperatures) after optimiser step `step`."""

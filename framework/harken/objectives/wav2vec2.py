@@ -1,4 +1,7 @@
-"""wav2vec 2.0: telling the quantised frame under a mask from those under the utterance's other masks."""
+"""wav2vec 2.0: telling the quantised frame under a mask from those under the utterance's other masks.
+
+With its views and its projections switched on it is wav2vec-Aug.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss, Metrics
 from harken.data.masking import SpanMask
+from harken.data.views import Views
 from harken.encoders.backbone import Backbone
 from harken.nn.dropout import Dropout
 from harken.nn.masked import summed_mean_squares
@@ -63,6 +67,19 @@ class Wav2vec2Config(SlotConfig):
     penalty_weight: float = 10.0
     """Weight of the mean square of the frontend's output. fairseq `loss_weights`, its second number; 10 in Base, 0 in
     Large."""
+    views: Literal["none", "context", "both"] = "none"
+    """Whether, in training, the masked context is made of another view of the audio than the targets: the targets' is
+    the audio itself (`context`), or a second view (`both`). wav2vec-Aug (arXiv 2206.13654) augments its pretraining
+    data; that the past alone is best augmented was found for CPC (arXiv 2007.00991)."""
+    view_pitch: float = 0.5
+    """Share of the views in which pitch is moved, by up to 3 semitones. harken's; wav2vec-Aug's was not looked up."""
+    view_reverberation: float = 0.5
+    """Share of the views with reverberation, of up to 0.5 s. harken's; wav2vec-Aug's was not looked up."""
+    view_noise: float = 0.5
+    """Share of the views with white noise, 5 to 20 dB below. harken's; wav2vec-Aug's was not looked up."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """How frames and targets come to the width of the comparison. `mlp`: two layers with a layer norm and GELU between,
+    a form of harken's: wav2vec-Aug's own projections were not looked up."""
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -73,7 +90,10 @@ class Wav2vec2Config(SlotConfig):
                 *("gumbel_start", "gumbel_end", "gumbel_decay"),
             ),
             not_negative=("quantizer_dim", "diversity_weight", "penalty_weight"),
-            shares=("mask_probability", "feature_dropout", "gumbel_decay"),
+            shares=(
+                *("mask_probability", "feature_dropout", "gumbel_decay"),
+                *("view_pitch", "view_reverberation", "view_noise"),
+            ),
         )
         if self.target_dim % self.groups:
             key = "quantizer_dim" if self.quantizer_dim else "code_dim"
@@ -89,17 +109,23 @@ class Wav2vec2Config(SlotConfig):
 
 @dataclass(frozen=True)
 class Wav2vec2Prepare:
-    """Draws the masks and the negatives."""
+    """Draws the masks, the negatives and the views.
+
+    views: None for none. second: whether the targets have one of their own.
+    """
 
     spec: FrameSpec
     mask: SpanMask
     negatives: int
+    views: Views | None = None
+    second: bool = False
 
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add `mask` `(B, T)`, `counts` `(B,)` of masked frames, `masked` `(B, M)`, `negatives` `(B, M, K)`.
 
         `masked` holds the places of a row's masked frames, 0 behind its count; `negatives` points into it. A row with
-        a single masked frame has nothing to tell it from, and is not masked.
+        a single masked frame has nothing to tell it from, and is not masked. Where there are views, `view` `(B, S)` is
+        what the context is made of, and `target_view`, if any, what the targets are.
         """
         mask, _ = self.mask.draw_rows(batch, draws, self.spec)
         mask[mask.sum(1) < 2] = False
@@ -113,7 +139,18 @@ class Wav2vec2Prepare:
                 negatives[row, :count] = drawn + (drawn >= np.arange(count)[:, None])  # any other but itself
         arrays = {"mask": mask, "counts": counts, "masked": masked, "negatives": negatives}
         targets = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.views is not None:
+            names = ("view", "target_view") if self.second else ("view",)
+            targets |= {name: self._view(self.views, batch, draws, name) for name in names}
         return replace(batch, targets={**batch.targets, **targets}, num_targets=float(counts.sum()))
+
+    @staticmethod
+    def _view(views: Views, batch: Batch, draws: Sequence[Draws], name: str) -> Tensor:
+        view = torch.zeros_like(batch.inputs)
+        for row, (cut, length, own) in enumerate(zip(batch.ids, batch.lengths.tolist(), draws, strict=True)):
+            samples = batch.inputs[row, :length].numpy()
+            view[row, :length] = torch.from_numpy(views(samples, cut, own, name))
+        return view
 
 
 @register("objective", Wav2vec2Config)
@@ -137,29 +174,46 @@ class Wav2vec2(Objective):
             temperature=Temperature(start=config.gumbel_start, end=config.gumbel_end, decay=config.gumbel_decay),
         )
         self.dropout = Dropout(config.feature_dropout)
-        self.project = nn.Linear(backbone.dim, config.code_dim)
-        self.project_target = nn.Linear(config.target_dim, config.code_dim)
+        self.project = self._projection(backbone.dim)
+        self.project_target = self._projection(config.target_dim)
+
+    def _projection(self, dim: int) -> nn.Module:
+        code_dim = self.config.code_dim
+        if self.config.projection == "linear":
+            return nn.Linear(dim, code_dim)
+        return nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.GELU(), nn.Linear(dim, code_dim))
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> Wav2vec2Prepare:
-        """Return what draws masks and negatives; in validation too, as the loss is over masked frames."""
+        """Return what draws masks, negatives and views; in validation no views, but masks: the loss is over them."""
         own = cast(Wav2vec2Config, config.objective)
         mask = SpanMask(probability=own.mask_probability, length=own.mask_length)
-        return Wav2vec2Prepare(spec, mask, own.negatives)
+        views = None
+        if train and own.views != "none":
+            views = Views(
+                pitch=own.view_pitch,
+                reverberation=own.view_reverberation,
+                noise=own.view_noise,
+                sample_rate=config.data.sample_rate,
+            )
+        return Wav2vec2Prepare(spec, mask, own.negatives, views, own.views == "both")
 
     def forward(self, batch: Batch) -> Loss:
         """Return the contrastive loss summed over masked frames, with diversity and penalty for each of them."""
         own, targets = self.config, batch.targets
         masked, counts = targets["masked"], targets["counts"]
         real = torch.arange(masked.shape[1], device=masked.device)[None, :] < counts[:, None]
-        frames, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {"mask": targets["mask"]})
+        seen = targets.get("view", batch.inputs)
+        frames, x, lengths = self.backbone.embed(seen, batch.lengths, {"mask": targets["mask"]})
         encoded = self.backbone.encoder.encode(x, lengths)
+        penalty = summed_mean_squares(frames, lengths, counts)
+        if "view" in targets:
+            frames, _ = self.backbone.frontend(targets.get("target_view", batch.inputs), batch.lengths)
         # the targets come from the frames before the masks
         quantised = self.quantizer(self.dropout(self.backbone.encoder.normalise(_pick(frames, masked))))
         logits = self._compare(self.project(_pick(encoded.last, masked)), quantised, targets["negatives"])
         contrast = -(logits.log_softmax(-1)[..., 0] * real).sum()
         diversity, health = self._diversity(quantised, real, counts)
-        penalty = summed_mean_squares(frames, lengths, counts)
         total = contrast + own.diversity_weight * diversity + own.penalty_weight * penalty
         count = contrast.new_tensor(batch.num_targets)
         hits = (logits[..., 0] > logits[..., 1:].amax(-1)) & real
@@ -207,10 +261,17 @@ class Wav2vec2(Objective):
             diversity = ((size - own) / size * counts).sum()
         return diversity, {"code_perplexity": code_perplexity, "prob_perplexity": prob_perplexity}
 
+    def frontend_flops(self, samples: int) -> float:
+        """Count the frontend twice where the targets are made of another view."""
+        return super().frontend_flops(samples) * (1 if self.config.views == "none" else 2)
+
     def head_flops(self, frames: int) -> float:
         """Count the quantiser, the projections and the similarities of the masked frames."""
         own, masked = self.config, frames * self.mask.expected_share
-        project = own.code_dim * (self.backbone.dim + own.target_dim + masked)
+        widths = (self.backbone.dim, own.target_dim)
+        project = own.code_dim * (sum(widths) + masked)
+        if own.projection == "mlp":
+            project += sum(width**2 for width in widths)
         return self.quantizer.flops(masked) + 2.0 * masked * project
 
 
