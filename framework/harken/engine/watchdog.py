@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from harken.core import distributed, progress
+from harken.engine.flight import dump_flight
 from harken.engine.heartbeat import Awake, Beat, Heartbeats, has_ended, process_state
 
 HUNG = 69
@@ -168,6 +169,7 @@ class Watchdog:
             message = f"harken: rank {hearts.rank} ends with the others, which found the same"
         _shout(f"{message}. Stacks: {stacks}; status {HUNG}; the same command goes on from the last checkpoint")
         _bounded(lambda: dump_stacks(stacks, message), 5.0)
+        _bounded(lambda: dump_flight(stacks.parent), 5.0)
         for child in multiprocessing.active_children():  # a loader's worker that hangs would outlive this process
             child.kill()
         if first:
