@@ -131,7 +131,11 @@ class Watchdog:
             return ""
         if len(behind) == 1:
             return self._name(behind, for_seconds)
-        return f"ranks {', '.join(map(str, behind))} wait for each other, and " + self._name(behind[:1], for_seconds)
+        words = f"ranks {', '.join(map(str, behind))} wait for each other, and " + self._name(behind[:1], for_seconds)
+        hosts = sorted({hearts.seen[rank].host for rank in behind})
+        if len(hosts) > 1:  # what each of them sends is not answered
+            words += f". They are on {', '.join(hosts[:8])}: is the network between these up?"
+        return words
 
     def _ranks_gone(self, moment: float) -> list[int]:
         """Return the ranks that have been gone, or had ended with an error, for some seconds."""
