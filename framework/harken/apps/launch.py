@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pieces",
         type=int,
         default=0,
-        help="do a verb that has --piece as an array of so many tasks, and behind it a job that puts them together (default: 0, "
-        "no array)",
+        help="do a verb that has --piece as an array of so many tasks, and behind it a job that puts them together "
+        "(default: 0, no array)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the file and submit nothing")
     parser.add_argument("--parsable", action="store_true", help="print the job's id alone")
