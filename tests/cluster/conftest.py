@@ -6,6 +6,7 @@ It is skipped, with the reason, where Debian's slurmctld, slurmd, slurm-client a
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import shutil
 import signal
@@ -17,9 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -149,6 +152,36 @@ def wait_for(look: Callable[[], Any], seconds: float = 120, tell: Callable[[], o
 def wait() -> Callable[..., Any]:
     """`wait_for`, for tests in other files."""
     return wait_for
+
+
+def write_config(corpus, path: Path, steps: int) -> Path:
+    settings = corpus.settings("hubert", "filterbank")
+    settings["train"].update(steps=steps, valid_every_steps=1000)
+    settings["checkpoint"].update(every_steps=2, keep_last=3)
+    settings["encoder"].update(dropout=0.0, layer_drop=0.0)
+    OmegaConf.save(OmegaConf.create(settings), path)
+    return path
+
+
+def samples(exp: Path) -> dict[tuple[int, int], Any]:
+    found = {}
+    for path in exp.glob("samples.rank*.jsonl"):
+        for line in path.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # cut off by the kill; the step is taken again
+                row = json.loads(line)
+                place = (row["step"], row["micro_batch"])
+                assert found.setdefault(place, row) == row, "a step that was taken twice had the same samples"
+    return found
+
+
+def last_step(exp: Path) -> int:
+    return max((step for step, _ in samples(exp)), default=0)
+
+
+@pytest.fixture(scope="session")
+def runs() -> SimpleNamespace:
+    """The three functions above, for tests in other files."""
+    return SimpleNamespace(write_config=write_config, samples=samples, last_step=last_step)
 
 
 @pytest.fixture(scope="session")

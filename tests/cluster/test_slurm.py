@@ -9,13 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from omegaconf import OmegaConf
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -182,36 +179,12 @@ def test_a_job_is_not_submitted_twice_and_scancel_does_not_requeue(slurm, tmp_pa
     assert outcomes(exp, "train") in (["stopped"], [""])
 
 
-def write_config(corpus, path: Path, steps: int) -> Path:
-    settings = corpus.settings("hubert", "filterbank")
-    settings["train"].update(steps=steps, valid_every_steps=1000)
-    settings["checkpoint"].update(every_steps=2, keep_last=3)
-    settings["encoder"].update(dropout=0.0, layer_drop=0.0)
-    OmegaConf.save(OmegaConf.create(settings), path)
-    return path
-
-
-def samples(exp: Path) -> dict[tuple[int, int], Any]:
-    found = {}
-    for path in exp.glob("samples.rank*.jsonl"):
-        for line in path.read_text().splitlines():
-            with suppress(json.JSONDecodeError):  # cut off by the kill; the step is taken again
-                row = json.loads(line)
-                place = (row["step"], row["micro_batch"])
-                assert found.setdefault(place, row) == row, "a step that was taken twice had the same samples"
-    return found
-
-
-def last_step(exp: Path) -> int:
-    return max((step for step, _ in samples(exp)), default=0)
-
-
 def test_two_nodes_train_through_preemption_requeue_and_kill_as_if_nothing_had_been(
-    slurm, corpus, wait, tmp_path: Path
+    slurm, corpus, wait, runs, tmp_path: Path
 ) -> None:
     """USR1 to the job, `scontrol requeue`, kill -9 of a rank: the samples are those of an unbroken run."""
     steps, exp, whole = 60, tmp_path / "exp", tmp_path / "whole"
-    config = write_config(corpus, tmp_path / "config.yaml", steps)
+    config = runs.write_config(corpus, tmp_path / "config.yaml", steps)
     said = slurm.harken(
         "launch", "--nodes", "2", "--time", "30:00", "--cluster", slurm.cluster, "--", "train", config, "--exp", exp
     )
@@ -221,15 +194,15 @@ def test_two_nodes_train_through_preemption_requeue_and_kill_as_if_nothing_had_b
     def tell() -> str:
         return log.read_text()[-6000:] if log.exists() else slurm.state(job)
 
-    wait(lambda: last_step(exp) >= 3, 300, tell)
+    wait(lambda: runs.last_step(exp) >= 3, 300, tell)
     slurm.ask("scancel", "--signal=USR1", "--batch", job)
     wait(lambda: outcomes(exp, "train") == ["requeued"], 120, tell)
-    before = last_step(exp)
-    wait(lambda: last_step(exp) > before + 2, 300, tell)
+    before = runs.last_step(exp)
+    wait(lambda: runs.last_step(exp) > before + 2, 300, tell)
     slurm.ask("scontrol", "requeue", job)
     wait(lambda: len(outcomes(exp, "train")) == 3, 300, tell)
-    before = last_step(exp)
-    wait(lambda: last_step(exp) > before + 2, 300, tell)
+    before = runs.last_step(exp)
+    wait(lambda: runs.last_step(exp) > before + 2, 300, tell)
     ranks = [
         process.pid
         for process in psutil.process_iter(["cmdline", "environ"])
@@ -247,9 +220,35 @@ def test_two_nodes_train_through_preemption_requeue_and_kill_as_if_nothing_had_b
     assert "asked to stop: saved step" in text
     assert text.count("continuing from") == 3, text
     slurm.harken("train", config, "--exp", whole)
-    assert samples(exp) == samples(whole)
+    assert runs.samples(exp) == runs.samples(whole)
     told = slurm.harken("status", exp)
     assert re.search(r"^train +job \d+ +finished in \d+m\d+s, start 4$", told, re.MULTILINE), told
+
+
+def test_a_submission_on_another_number_of_nodes_goes_on(slurm, corpus, wait, runs, tmp_path: Path) -> None:
+    """Two nodes, stopped by `scancel`, then one, then two again: the samples are those of an unbroken run."""
+    steps, exp, whole = 40, tmp_path / "exp", tmp_path / "whole"
+    config = runs.write_config(corpus, tmp_path / "config.yaml", steps)
+    options = ["--time", "30:00", "--cluster", slurm.cluster, "--parsable"]
+    verb = ["--", "train", config, "--exp", exp]
+    seen, log = 0, exp / "logs/train.slurm.log"
+
+    def tell() -> str:
+        return log.read_text()[-6000:] if log.exists() else "no log yet"
+
+    for nodes in ("2", "1"):
+        job = slurm.harken("launch", "--nodes", nodes, *options, *verb).strip()
+        wait(lambda: runs.last_step(exp) >= seen + 3, 300, tell)  # noqa: B023  called within this turn
+        slurm.ask("scancel", "--signal=TERM", "--batch", job)
+        slurm.wait(job, "FAILED", "CANCELLED", "COMPLETED", seconds=120)
+        assert outcomes(exp, "train") == ["stopped"], tell()
+        seen = runs.last_step(exp)
+    job = slurm.harken("launch", "--nodes", "2", *options, *verb).strip()
+    assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", tell()
+    processes = re.findall(r"trained; (\d) process", log.read_text())
+    assert processes == ["2", "1", "2"]
+    slurm.harken("train", config, "--exp", whole)
+    assert runs.samples(exp) == runs.samples(whole)
 
 
 def test_a_node_that_is_too_slow_is_named(slurm, tmp_path: Path) -> None:

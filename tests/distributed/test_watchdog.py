@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,10 @@ def test_a_stopped_rank_is_named_by_the_others_which_end(runs: Path, processes: 
         stacks = (runs / name / f"stacks/rank-{rank}.txt").read_text()
         assert "(most recent call first)" in stacks
         assert "loop.py" in stacks, "the main thread's stack says where it waits"
+        flight = pickle.loads((runs / name / f"stacks/flight_{rank}").read_bytes())
+        last_call = flight["entries"][-1]
+        assert last_call["profiling_name"].startswith("gloo:")
+        assert any("harken" in frame["filename"] for frame in last_call["frames"]), "it says who called"
 
 
 def test_a_killed_rank_is_named_by_the_other_which_ends(runs: Path) -> None:

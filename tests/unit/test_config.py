@@ -51,7 +51,10 @@ def refusal(small: Path, *overrides: str) -> str:
         ("encoder.layer=6", "unknown key `encoder.layer`; did you mean `layers`?"),
         ("train.step=6", "unknown key `train.step`; did you mean `steps`?"),
         ("sead=6", "unknown key `sead`; did you mean `seed`?"),
-        ("log.qqqqqqqq=1", "unknown key `log.qqqqqqqq`; known: every_steps, peak_tflops, samples, tensorboard"),
+        (
+            "log.qqqqqqqq=1",
+            "unknown key `log.qqqqqqqq`; known: every_steps, peak_tflops, profile, samples, tensorboard",
+        ),
         ("schedule.hold_share=0.5", "unknown key `schedule.hold_share`"),
         ("encoder.name=transfomer", "got `transfomer`; did you mean `transformer`?"),
         (

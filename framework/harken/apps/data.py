@@ -65,6 +65,7 @@ def _scan_arguments(parser: argparse.ArgumentParser) -> None:
         default="first",
         help="of files with several channels (default: first)",
     )
+    _piece(parser)
     _jobs(parser)
 
 
@@ -95,7 +96,16 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of samples at full scale (default: 0.01)",
     )
+    _piece(parser)
     _jobs(parser)
+
+
+def _piece(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--piece",
+        metavar="I/N",
+        help="do the I-th of N pieces and keep it; the same command without this puts all pieces together",
+    )
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_scan(args: argparse.Namespace) -> int:
     """Write the manifest; what could not be read is named and does not fail the scan."""
+    from harken.core.pieces import Piece
     from harken.data.scan import scan
     from harken.data.stats import length
 
@@ -177,7 +188,10 @@ def run_scan(args: argparse.Namespace) -> int:
         supervisions=args.supervisions,
         root=args.root,
         each_channel=args.channels == "each",
+        piece=Piece.parse(args.piece) if args.piece else None,
     )
+    if result is None:
+        return 0
     for note in result.notes:
         print(f"  {note}")
     if result.refused:
@@ -219,6 +233,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Decode every cut; status 1 when there are problems."""
+    from harken.core.pieces import Piece
     from harken.data.verify import check_clean, verify, write_clean, write_list
 
     if args.clean is not None:
@@ -228,7 +243,10 @@ def run_verify(args: argparse.Namespace) -> int:
         jobs=args.jobs,
         sample_rate=args.sample_rate,
         max_clipped=args.max_clipped,
+        piece=Piece.parse(args.piece) if args.piece else None,
     )
+    if args.piece:
+        return 0
     print(result.table())
     out = args.out or args.manifest.with_name(args.manifest.name + ".verify.tsv")
     write_list(result, out)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harken.apps.graph import add_source_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
+    from harken.core.pieces import Piece
+    from harken.data.loader import EvalLoader
     from harken.decode.search import DecodeConfig, Search
     from harken.evaluate.hypotheses import Utterance
     from harken.objectives.base import Objective
@@ -26,6 +29,14 @@ EXAMPLE = (
     "  harken decode exp/finetune test.jsonl --out exp/graph --method graph --lexicon lexicon.txt --arpa words.arpa\n"
     "  harken decode exp/transducer test.jsonl --out exp/decode --method modified_beam --beam 4"
 )
+
+CHUNK_BATCHES = 8
+"""Batches whose texts are kept together when decoding in pieces."""
+SEARCH_OPTIONS = (
+    *("method", "beam", "ngram", "ngram_weight", "insertion_bonus", "max_seconds"),
+    *("graph", "lexicon", "arpa", "graph_beam", "max_active", "acoustic_scale", "backend"),
+)
+"""Arguments that hypotheses depend on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-seconds", type=float, default=120.0, metavar="S", help="padded audio of a batch (default: 120)"
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
+    parser.add_argument(
+        "--piece",
+        metavar="I/N",
+        help="decode the I-th of N pieces and keep it; the same command without this puts all pieces together",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,8 +106,11 @@ def run(args: argparse.Namespace) -> int:
 
     Raises HarkenError, before any is decoded, when an output would take the place of another or of a manifest.
     """
+    from harken.config.saved import find_model, weights_digest
     from harken.core.distributed import device
     from harken.core.errors import HarkenError
+    from harken.core.files import remove
+    from harken.core.pieces import Piece
     from harken.evaluate.hypotheses import write_hypotheses
     from harken.objectives.saved import load_objective
     from harken.objectives.transcripts import Recogniser
@@ -99,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = output_files(args.manifest, args.out)
     if args.workers < 0:
         raise HarkenError(f"`--workers` must be 0 (read in this process) or more, got {args.workers}")
+    piece = Piece.parse(args.piece) if args.piece else None
     model, config = load_objective(args.model)
     if not isinstance(model, Recogniser):
         raise HarkenError(
@@ -107,10 +127,18 @@ def run(args: argparse.Namespace) -> int:
         )
     model.to(device())
     search, text_of = graph_search_of(model, args) if args.method == "graph" else token_search_of(model, args)
+    options = {name: str(getattr(args, name)) for name in SEARCH_OPTIONS}
+    plan = {**options, "weights": weights_digest(find_model(args.model))}
     for manifest, out in outputs.items():
         started = time.perf_counter()
-        utterances = decode_manifest(model, manifest, search, text_of, args.max_seconds, args.workers)
+        work = Decoding(model, manifest, search, text_of, args.max_seconds, args.workers)
+        texts = work.texts(out.with_suffix(".pieces"), plan, piece)
+        if texts is None:
+            print(f"piece {piece} of {out} is done")
+            continue
+        utterances = work.utterances(texts)
         write_hypotheses(out, utterances)
+        remove(out.with_suffix(".pieces"))
         seconds, spent = sum(utterance.seconds for utterance in utterances), time.perf_counter() - started
         print(
             f"{out}: {len(utterances)} utterances, {seconds / 60:.1f} min of audio in {spent:.1f} s, "
@@ -219,39 +247,77 @@ def output_files(manifests: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return outputs
 
 
-def decode_manifest(
-    model: Recogniser,
-    manifest: Path,
-    search: Search,
-    text_of: Callable[[list[int]], str],
-    max_seconds: float,
-    workers: int,
-) -> list[Utterance]:
-    """Return the utterances of a manifest with hypotheses, in the manifest's order; text_of: of what a search finds."""
-    import torch
+@dataclass(frozen=True)
+class Decoding:
+    """The decoding of one manifest.
 
-    from harken.config.schema import DataConfig
-    from harken.core.distributed import device
-    from harken.data.dataset import as_it_is
-    from harken.data.loader import EvalLoader
-    from harken.data.manifest import Manifest
-    from harken.evaluate.hypotheses import Utterance
+    text_of: of what the search finds. max_seconds: padded audio of a batch. workers: processes of the loader.
+    """
 
-    opened = Manifest(manifest)
-    data = DataConfig(train=str(manifest), sample_rate=model.backbone.spec.sample_rate, workers=workers)
-    texts: dict[str, str] = {}
-    with torch.inference_mode():
-        for batch, _ in EvalLoader(str(manifest), data, max_seconds, as_it_is):
-            for note in batch.notes:
-                print(f"NOTE {note.kind}: {note.reason}")
-            found = search(*model.search_input(batch.to(device())))
-            for cut, tokens in zip(batch.ids, found, strict=True):
-                texts[cut] = " ".join(text_of(tokens).split())
-    rows = []
-    for cut in opened:
-        speaker = next((part.speaker for part in cut.supervisions if part.speaker), "?")
-        reference = " ".join(part.text for part in cut.supervisions if part.text)
-        rows.append(
-            Utterance(id=cut.id, speaker=speaker, ref=reference, hyp=texts.get(cut.id, ""), seconds=cut.duration)
-        )
-    return rows
+    model: Recogniser
+    manifest: Path
+    search: Search
+    text_of: Callable[[list[int]], str]
+    max_seconds: float
+    workers: int
+
+    def texts(self, folder: Path, plan: Mapping[str, Any], piece: Piece | None) -> dict[str, str] | None:
+        """Return the hypothesis of each cut by id, with those that pieces left in `folder`; None after a piece.
+
+        plan: what the hypotheses depend on, besides the manifest. Raises HarkenError when the pieces are of another.
+        """
+        from harken.core.pieces import Pieces
+        from harken.data.manifest import Manifest
+
+        if piece is None and not folder.is_dir():
+            return self._part(0, 1)
+        # the same batches, dealt out as to the ranks of a validation
+        chunks = max(1, -(-len(self._loader(0, 1)) // CHUNK_BATCHES))
+        pieces = Pieces(folder, {**plan, "manifest": Manifest(self.manifest).card["sha256"]}, chunks)
+        if piece is not None:
+            pieces.work(piece, lambda chunk: self._part(chunk, chunks))
+            return None
+        found: dict[str, str] = {}
+        for part in pieces.results(lambda chunk: self._part(chunk, chunks)):
+            found.update(part)
+        return found
+
+    def _loader(self, part: int, parts: int) -> EvalLoader:
+        from harken.config.schema import DataConfig
+        from harken.data.dataset import as_it_is
+        from harken.data.loader import EvalLoader
+
+        rate = self.model.backbone.spec.sample_rate
+        data = DataConfig(train=str(self.manifest), sample_rate=rate, workers=self.workers)
+        return EvalLoader(str(self.manifest), data, self.max_seconds, as_it_is, rank=part, world_size=parts)
+
+    def _part(self, part: int, parts: int) -> dict[str, str]:
+        import torch
+
+        from harken.core.distributed import device
+
+        texts: dict[str, str] = {}
+        with torch.inference_mode():
+            for batch, counts in self._loader(part, parts):
+                if not counts:  # the last batch again, for a part that has one fewer
+                    continue
+                for note in batch.notes:
+                    print(f"NOTE {note.kind}: {note.reason}")
+                found = self.search(*self.model.search_input(batch.to(device())))
+                for cut, tokens in zip(batch.ids, found, strict=True):
+                    texts[cut] = " ".join(self.text_of(tokens).split())
+        return texts
+
+    def utterances(self, texts: Mapping[str, str]) -> list[Utterance]:
+        """Return the utterances of the manifest with their hypotheses, in the manifest's order."""
+        from harken.data.manifest import Manifest
+        from harken.evaluate.hypotheses import Utterance
+
+        rows = []
+        for cut in Manifest(self.manifest):
+            speaker = next((part.speaker for part in cut.supervisions if part.speaker), "?")
+            reference = " ".join(part.text for part in cut.supervisions if part.text)
+            rows.append(
+                Utterance(id=cut.id, speaker=speaker, ref=reference, hyp=texts.get(cut.id, ""), seconds=cut.duration)
+            )
+        return rows

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-starts-without-progress", type=int, default=3, help="before the job is given up (default: 3)"
     )
+    parser.add_argument("--retry", action="store_true", help="start again after a failure though it does not train")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after `--`: the program and its arguments")
 
 
@@ -33,12 +34,16 @@ def run(args: argparse.Namespace) -> int:
         raise HarkenError("a command must follow after `--`, found none")
     if "SLURM_JOB_ID" not in os.environ:
         raise HarkenError("`harken job` must run in a job of Slurm, found no SLURM_JOB_ID: use `harken launch`")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    # by its own id, the last task of an array would stand for all of them
+    job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}" if task else os.environ["SLURM_JOB_ID"]
     return Job(
         args.exp,
-        args.name,
+        f"{args.name}-{task}" if task else args.name,
         command,
         args.resumes,
-        id=os.environ["SLURM_JOB_ID"],
+        id=job,
         nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
         most=args.max_starts_without_progress,
+        retry=args.retry,
     ).run()

@@ -6,13 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
+PIECED = (("data", "scan"), ("data", "verify"), ("units", "label"), ("decode",))
+"""Verbs that know `--piece`."""
 HELP = (
     "Write a readable sbatch file for a command and submit it. A job that trains saves before the end of its time, "
     "is requeued and continues exactly. Where no cluster is, --dry-run prints the file."
 )
 EXAMPLE = (
     "harken launch --nodes 4 --gpus 8 --time 24:00:00 -- train hubert_base --exp exp/base data.train=train.jsonl\n"
-    "  harken launch --exp exp/base --after 4711 -- bash local/labels.sh"
+    "  harken launch --exp exp/base --after 4711 -- bash local/labels.sh\n"
+    "  harken launch --exp exp/base --pieces 20 -- data verify data/train.jsonl"
 )
 
 
@@ -43,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=FOLDER / "cluster.yaml",
         help=f"your cluster's file (default: {FOLDER}/cluster.yaml)",
     )
+    parser.add_argument(
+        "--pieces",
+        type=int,
+        default=0,
+        help="do a verb that has --piece as an array of so many tasks, and behind it a job that puts them together "
+        "(default: 0, no array)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the file and submit nothing")
     parser.add_argument("--parsable", action="store_true", help="print the job's id alone")
     parser.add_argument(
@@ -52,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print or submit the job."""
-    from harken.cluster.script import JobRequest, render, submit
+    from harken.cluster.script import JobRequest, merge_of, render, submit
     from harken.cluster.settings import load_cluster
 
     command, exp, resumes = _command(args)
     request = JobRequest(
-        name=args.name or Path(_words(args)[0]).stem,
+        name=(args.name or Path(_words(args)[0]).stem) + ("-pieces" if args.pieces else ""),
         exp=exp.resolve(),
         command=tuple(command),
         folder=Path.cwd(),
@@ -68,12 +78,19 @@ def run(args: argparse.Namespace) -> int:
         after=tuple(filter(None, args.after.split(","))),
         partition=args.partition,
         time=args.time,
+        pieces=args.pieces,
     )
     cluster = load_cluster(args.cluster)
     templates = args.cluster.resolve().parent
     if args.dry_run:
         print(render(request, cluster, templates), end="")
+        if request.pieces:
+            print(render(merge_of(request, f"JOB_OF_{request.name}"), cluster, templates), end="")
         return 0
+    if request.pieces:
+        pieces = submit(request, cluster, templates)
+        print(f"submitted job {pieces.id} ({pieces.name}), {pieces.pieces} pieces", file=sys.stderr)
+        request = merge_of(request, pieces.id)
     job = submit(request, cluster, templates)
     if args.parsable:
         print(job.id)
@@ -114,6 +131,9 @@ def _command(args: argparse.Namespace) -> tuple[list[str], Path, Path | None]:
         words.append("--fail-when-stopped")
     elif words[0] not in VERBS:
         harken = []
+    if args.pieces and tuple(words[:1]) not in PIECED and tuple(words[:2]) not in PIECED:
+        known = ", ".join(f"`{' '.join(verb)}`" for verb in PIECED)
+        raise HarkenError(f"`--pieces` is for {known}, got `{' '.join(words[:2])}`")
     if resumes is None and (args.nodes > 1 or args.gpus):
         raise HarkenError("`--nodes` and `--gpus` are for jobs that train: give `train ...`, or `--resumes FOLDER`")
     return [*harken, *words], exp, resumes

@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     label.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="new label store, or an unfinished one to continue"
     )
+    label.add_argument(
+        "--piece",
+        metavar="I/N",
+        help="do the I-th of N pieces; the same command without this does what is left and finishes the store",
+    )
     _feature_arguments(label, "processes that label")
     check = add_sub_verb(
         verbs, "check", "judge label stores; status 1 when something is wrong", "harken units check units/labels"
@@ -107,12 +112,14 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _label(args: argparse.Namespace) -> int:
+    from harken.core.pieces import Piece
     from harken.units.label import Job, label
 
     started = time.perf_counter()
     job = Job(args.out, tuple(args.manifest), args.clusterer, _features(args), args.sample_rate, max_seconds=60.0)
-    card = label(job, args.jobs, _say)
-    _say(f"{card.labels} labels in {args.out}, {time.perf_counter() - started:.0f} s")
+    piece = Piece.parse(args.piece) if args.piece else None
+    card = label(job, args.jobs, _say, piece)
+    _say(f"{f'piece {piece}' if piece else card.labels} labels in {args.out}, {time.perf_counter() - started:.0f} s")
     return 0
 
 

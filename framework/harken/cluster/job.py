@@ -5,7 +5,7 @@
 | the command ends with status 0 | ends: `finished` |
 | USR1: the end of the time is near, or preemption with `send_user_signal` | has it save, `scontrol requeue` |
 | TERM: `scancel`, or Slurm's own requeue | has it save and ends: `stopped`; what Slurm does then is Slurm's |
-| the command fails, and trains | `scontrol requeue`: the next start continues from the newest checkpoint |
+| the command fails, and trains or is a piece | `scontrol requeue`: the next start continues from what is kept |
 | it fails with status 2, a mistake in its input, or does not train | ends: `failed` |
 | too many starts in a row without a new checkpoint | ends: `failed`, and says what the last one died of |
 """
@@ -36,7 +36,10 @@ REPEAT_SECONDS = 20.0
 
 @dataclass
 class Job:
-    """A start of a job. id: Slurm's. nodes: their names. most: starts in a row without a new checkpoint."""
+    """A start of a job. id: Slurm's. nodes: their names. most: starts in a row without a new checkpoint.
+
+    retry: it is started again after a failure though it does not train, as pieces of work are, which keep what is done.
+    """
 
     exp: Path
     name: str
@@ -45,6 +48,7 @@ class Job:
     id: str
     nodes: str
     most: int
+    retry: bool = False
     warned: str = ""
     _sent: float = field(default=0.0)
     _runs: bool = field(default=True)
@@ -104,7 +108,7 @@ class Job:
         if not start.signal and start.status == MISTAKE:
             reason = f"status {MISTAKE}, a mistake in what it was given, which no new start mends: {self._last_line()}"
             return self._fail(starts, start, MISTAKE, reason)
-        if not start.signal and self.resumes is None:
+        if not start.signal and self.resumes is None and not self.retry:
             return self._fail(starts, start, start.status or 1, f"status {start.status}: {self._last_line()}")
         if _without_progress(starts) >= self.most:
             return self._fail(starts, start, start.status or 1, self._loop_reason(starts))

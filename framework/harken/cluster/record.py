@@ -33,7 +33,10 @@ def _read(path: Path) -> Any:
 
 @dataclass(kw_only=True)
 class JobRecord:
-    """A job as it was submitted. id: Slurm's. after: ids it waits for. submitted: seconds since 1970."""
+    """A job as it was submitted. id: Slurm's. after: ids it waits for. submitted: seconds since 1970.
+
+    pieces: tasks of an array, whose own records are those of jobs `NAME-1`, `NAME-2`, ... and ids `ID_1`, `ID_2`, ...
+    """
 
     name: str
     id: str
@@ -42,6 +45,7 @@ class JobRecord:
     nodes: int
     gpus: int
     submitted: float
+    pieces: int = 0
 
     def save(self, exp: Path) -> None:
         """Write it into the experiment's folder."""

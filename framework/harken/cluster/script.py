@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -25,7 +25,8 @@ class JobRequest:
     exp: folder of the experiment, whose `jobs/` and `logs/` it uses. command: what runs, in `folder`.
     resumes: folder of a training run that a new start continues; None for a job that does not train.
     processes: on each node, when there are no GPUs. after: ids of jobs that must succeed first.
-    partition, time: win over the cluster's file.
+    partition, time: win over the cluster's file. pieces: tasks of an array, each of which does one `--piece` of a
+    verb's work and is started again when it fails; 0 for a job that is no array.
     """
 
     name: str
@@ -39,6 +40,7 @@ class JobRequest:
     after: tuple[str, ...] = ()
     partition: str | None = None
     time: str | None = None
+    pieces: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
@@ -48,6 +50,8 @@ class JobRequest:
                 "`--nodes` and `--processes` must be 1 or more and `--gpus` 0 or more, "
                 f"got {self.nodes}, {self.processes} and {self.gpus}"
             )
+        if self.pieces < 0:
+            raise HarkenError(f"`--pieces` must be 0 (no array) or more, got {self.pieces}")
         if self.time is not None:
             check_time(self.time, "--time")
 
@@ -71,6 +75,10 @@ def render(request: JobRequest, cluster: ClusterConfig, templates: Path) -> str:
     )
     supervisor = [sys.executable, "-m", "harken.apps.main", "job", "--exp", str(request.exp), "--name", request.name]
     supervisor += ["--max-starts-without-progress", str(cluster.max_starts_without_progress)]
+    words = shlex.join(request.command)
+    if request.pieces:
+        supervisor.append("--retry")
+        words += f' --piece "$SLURM_ARRAY_TASK_ID/{request.pieces}"'
     if request.resumes is not None:
         supervisor += ["--resumes", str(request.resumes)]
     return environment.get_template(path.name).render(
@@ -81,26 +89,34 @@ def render(request: JobRequest, cluster: ClusterConfig, templates: Path) -> str:
         memory=size.memory,
         partition=request.partition or size.partition,
         time=request.time or size.time,
-        log=_quoted(log_of(request.exp, request.name)),
+        log=_quoted(log_of(request.exp, request.name), array=request.pieces > 0),
+        pieces=request.pieces,
         signal_seconds=cluster.signal_seconds,
         after=":".join(request.after),
         options=size.options,
         folder=shlex.quote(str(request.folder)),
         setup=cluster.setup.strip(),
-        command=f"{shlex.join([*supervisor, '--'])} \\\n  {shlex.join(request.command)}",
+        command=f"{shlex.join([*supervisor, '--'])} \\\n  {words}",
     )
 
 
 def log_of(exp: Path, name: str) -> Path:
-    """Return where Slurm writes what a job prints; every start adds to it."""
+    """Return where Slurm writes what a job prints, `NAME-3` that of a third piece; every start adds to it."""
     return exp / "logs" / f"{name}.slurm.log"
 
 
-def _quoted(path: Path) -> str:
+def _quoted(path: Path, *, array: bool) -> str:
     text = str(path).replace("%", "%%")  # sbatch fills patterns such as %j in
+    if array:
+        text = text.removesuffix(".slurm.log") + "-%a.slurm.log"
     if '"' in text or "\n" in text:
         raise HarkenError(f"a folder of jobs must have neither quotes nor line ends in its name, got {text!r}")
     return f'"{text}"' if " " in text else text
+
+
+def merge_of(request: JobRequest, id: str) -> JobRequest:
+    """Return the job behind an array, of the id given: the command without a piece, which puts all of them together."""
+    return replace(request, name=request.name.removesuffix("-pieces"), pieces=0, after=(id,))
 
 
 def submit(request: JobRequest, cluster: ClusterConfig, templates: Path) -> JobRecord:
@@ -111,9 +127,10 @@ def submit(request: JobRequest, cluster: ClusterConfig, templates: Path) -> JobR
     text = render(request, cluster, templates)
     here = queue()
     for job in load_jobs(request.exp):
-        if job.name == request.name and job.id in here:
+        left = [entry for id, entry in here.items() if id.partition("_")[0] == job.id]
+        if job.name == request.name and left:
             raise HarkenError(
-                f"job {job.id} ({job.name}) of {request.exp} is still {here[job.id].state}: wait for it, or end it "
+                f"job {job.id} ({job.name}) of {request.exp} is still {left[0].state}: wait for it, or end it "
                 f"with `scancel {job.id}` (with `--signal=USR1 --batch` it saves and goes on later)"
             )
     script = folder_of(request.exp) / f"{request.name}.sbatch"
@@ -127,6 +144,7 @@ def submit(request: JobRequest, cluster: ClusterConfig, templates: Path) -> JobR
         log=str(log_of(request.exp, request.name)),
         nodes=request.nodes,
         gpus=request.gpus,
+        pieces=request.pieces,
         submitted=time.time(),
     )
     record.save(request.exp)

@@ -46,11 +46,11 @@ class Queued:
 
 
 def queue() -> dict[str, Queued]:
-    """Return the user's jobs that wait or run, by id.
+    """Return the user's jobs that wait or run, by id; the tasks of arrays as `ID_TASK`.
 
     Raises HarkenError where Slurm does not answer.
     """
-    rows = ask_slurm("squeue", "--me", "--noheader", "--format=%i|%T|%r|%N|%M|%l").splitlines()
+    rows = ask_slurm("squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r|%N|%M|%l").splitlines()
     cells = [row.strip().split("|") for row in rows if row.count("|") == 5]
     return {job: Queued(*rest) for job, *rest in cells}
 

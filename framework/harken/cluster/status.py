@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def status(exp: Path) -> list[Stage]:
             f"{exp} must be the folder of a recipe's run or of `harken launch`, found no stages or jobs in it"
         )
     queued, unknown = _queue(jobs)
-    lost = {job.id: job.name for job in jobs.values() if _outcome(exp, job) == "failed"}
+    lost = {job.id: job.name for job in jobs.values() if _failed(exp, job)}
     found = []
     for name in sorted({*jobs, *markers}, key=_order):
         log = exp / "logs" / f"{name}.log"
@@ -84,12 +85,33 @@ def _queue(jobs: Mapping[str, JobRecord]) -> tuple[dict[str, Queued], str]:
         return {}, f"unknown: {error}"
 
 
-def _outcome(exp: Path, job: JobRecord) -> str:
-    starts = load_starts(exp, job.name, job.id).starts
-    return starts[-1].outcome if starts else ""
+def _failed(exp: Path, job: JobRecord) -> bool:
+    parts = [(f"{job.name}-{n}", f"{job.id}_{n}") for n in range(1, job.pieces + 1)] or [(job.name, job.id)]
+    found = [load_starts(exp, name, id).starts for name, id in parts]
+    return any(starts[-1].outcome == "failed" for starts in found if starts)
+
+
+def _tasks(exp: Path, job: JobRecord, queued: Mapping[str, Queued]) -> str:
+    """Say of an array how many of its pieces are where, and of one that failed why."""
+    counts: Counter[str] = Counter()
+    reasons = []
+    for piece in range(1, job.pieces + 1):
+        name, id = f"{job.name}-{piece}", f"{job.id}_{piece}"
+        starts = load_starts(exp, name, id).starts
+        outcome = starts[-1].outcome if starts else ""
+        counts[queued[id].state.lower() if id in queued else outcome or ("lost" if starts else "cancelled")] += 1
+        if id not in queued and outcome == "failed":
+            reasons.append(f"; piece {piece}: {starts[-1].reason}")
+    for word in ("running", "pending", "failed", "lost", "stopped", "cancelled"):
+        if counts[word]:
+            words = ", ".join(f"{count} {other}" for other, count in counts.items() if other != word)
+            return f"{word}: {counts[word]} of {job.pieces} pieces{', ' if words else ''}{words}{''.join(reasons[:1])}"
+    return f"finished: {counts['finished']} of {job.pieces} pieces"
 
 
 def _state(exp: Path, job: JobRecord, queued: Mapping[str, Queued], lost: Mapping[str, str]) -> str:
+    if job.pieces:
+        return _tasks(exp, job, queued)
     starts = load_starts(exp, job.name, job.id).starts
     again = f", start {len(starts)}" if len(starts) > 1 else ""
     if job.id in queued:

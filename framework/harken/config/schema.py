@@ -270,6 +270,8 @@ class LogConfig:
     """Steps from one log line and record of `metrics.jsonl` to the next."""
     tensorboard: bool = True
     """Write the figures for TensorBoard too, into the run's `tensorboard/`."""
+    profile: tuple[int, ...] = ()
+    """First step and number of steps that torch.profiler traces on the main process into the run's `profile/`."""
     samples: bool = False
     """Write the ids and a hash of the masks of every micro-batch to samples.jsonl."""
     peak_tflops: float | None = None
@@ -277,6 +279,11 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "log", positive=("every_steps", "peak_tflops"))
+        if self.profile and (len(self.profile) != 2 or min(self.profile) < 1):
+            raise HarkenError(
+                "`log.profile` must be [] or [first step, number of steps], each 1 or more, such as [100, 5], "
+                f"got {list(self.profile)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

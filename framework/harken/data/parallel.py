@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from harken.core.errors import HarkenError
+from harken.core.pieces import Piece, Pieces
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,6 +62,51 @@ def _from_processes(work: Callable[[T], R], items: Sequence[T], jobs: int, what:
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+CHUNK = 256
+"""Items whose results are kept together: a piece that is started again repeats fewer than these."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """How work is divided: into which folder, what its results depend on, and which piece is to be done, if one."""
+
+    folder: Path
+    plan: Mapping[str, Any]
+    piece: Piece | None
+
+
+def in_pieces(
+    work: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    jobs: int | None,
+    what: str,
+    division: Division,
+    pack: Callable[[R], Any],
+    unpack: Callable[[Any], R],
+) -> Iterator[R]:
+    """Yield `work(item)` for each item, in order, as `in_parallel`, with what pieces have done before.
+
+    pack, unpack: a result to plain JSON and back. With a piece to be done, do it and yield nothing. Where nothing was
+    done in pieces, no folder is made.
+    """
+    if division.piece is None and not division.folder.is_dir():
+        yield from in_parallel(work, items, jobs=jobs, what=what)
+        return
+    pieces = Pieces(division.folder, division.plan, -(-len(items) // CHUNK))
+
+    def do(chunk: int) -> list[Any]:
+        part = items[chunk * CHUNK : (chunk + 1) * CHUNK]
+        return [pack(result) for result in in_parallel(work, part, jobs=jobs, what=what)]
+
+    if division.piece is not None:
+        done = pieces.work(division.piece, do)
+        print(f"piece {division.piece}: {done} chunks of up to {CHUNK} items done now, kept in {division.folder}")
+        return
+    for results in pieces.results(do):
+        yield from map(unpack, results)
 
 
 def _run(work: Callable[[T], R], items: Sequence[T]) -> list[R]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, write_text_atomic
+from harken.core.files import atomic_path, remove, write_text_atomic
+from harken.core.pieces import Piece
 from harken.data.entries import Entry, Listing, add_texts
 from harken.data.index import build_index
-from harken.data.parallel import in_parallel
+from harken.data.parallel import Division, in_pieces
 from harken.data.read import reason
 from harken.data.sources import read_source
 
@@ -57,11 +59,14 @@ def scan(
     supervisions: Path | None = None,
     root: Path | None = None,
     each_channel: bool = False,
-) -> Scanned:
+    piece: Piece | None = None,
+) -> Scanned | None:
     """Write the manifest `out` of what `source` lists, its index, and `OUT.quarantine.tsv`.
 
     jobs: see `in_parallel`. text: see `add_texts`. supervisions, root: see `read_source`.
     each_channel: one cut for each channel of a file, instead of its first channel alone.
+    piece: of the headers, to be read and kept in `OUT.pieces`, and nothing else (then None is returned). A call without
+    takes up what pieces have read.
     Raises HarkenError when the source cannot be understood or none of its audio can be read; `out` is left as it was.
     """
     if out.suffix != ".jsonl" or out.resolve() == source.resolve():
@@ -70,7 +75,21 @@ def scan(
     if text is not None:
         add_texts(listing, text)
     paths = list(dict.fromkeys(entry.path for entry in listing.entries))
-    headers = dict(zip(paths, in_parallel(read_header, paths, jobs=jobs, what="headers"), strict=True))
+    pieces = out.with_name(out.name + ".pieces")
+    listed = hashlib.sha256("\0".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
+    read = in_pieces(
+        read_header,
+        paths,
+        jobs=jobs,
+        what="headers",
+        division=Division(pieces, {"files": listed}, piece),
+        pack=lambda header: header,
+        unpack=lambda data: data if isinstance(data, str) else Header(*data),
+    )
+    found = list(read)
+    if piece is not None:
+        return None
+    headers = dict(zip(paths, found, strict=True))
     quarantine = out.with_name(out.name + ".quarantine.tsv")
     result = Scanned(kind=listing.kind, quarantine=quarantine, refused=listing.refused, notes=listing.notes)
     with atomic_path(out) as temporary:
@@ -89,6 +108,7 @@ def scan(
             first = ": ".join(result.refused[0][1:]) if result.refused else "it lists none"
             raise HarkenError(f"none of the utterances of {source} can be read; the first: {first} (all: {quarantine})")
     build_index(out)
+    remove(pieces)
     result.notes += _header_notes(listing, headers, each_channel=each_channel)
     return result
 

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path
+from harken.core.files import atomic_path, remove
+from harken.core.pieces import Piece
 from harken.data.index import build_index
 from harken.data.manifest import Manifest
-from harken.data.parallel import in_parallel
+from harken.data.parallel import Division, in_pieces
 from harken.data.read import reason
 from harken.data.scan import TOLERANCE_SECONDS, write_quarantine
 from harken.data.stats import length
@@ -118,19 +119,48 @@ class Verified:
         return "\n".join(lines)
 
 
-def verify(path: Path, *, jobs: int | None = None, sample_rate: int = 16000, max_clipped: float = 0.01) -> Verified:
+def pieces_of(path: Path) -> Path:
+    """Return where pieces of the verification of a manifest are kept."""
+    return path.with_name(path.name + ".verify.pieces")
+
+
+def verify(
+    path: Path,
+    *,
+    jobs: int | None = None,
+    sample_rate: int = 16000,
+    max_clipped: float = 0.01,
+    piece: Piece | None = None,
+) -> Verified:
     """Decode every cut of a manifest and return what was found.
 
+    piece: to be done and kept beside the manifest; the result is then empty. A call without takes up what pieces found.
     jobs: see `in_parallel`. sample_rate: of training, in Hz; another is noted. max_clipped: share of samples at full
     scale that is allowed.
     Raises HarkenError when the manifest cannot be opened.
     """
     manifest, result = Manifest(path), Verified(path=path)
     work = partial(examine_place, path, sample_rate=sample_rate, max_clipped=max_clipped)
-    examined = in_parallel(work, range(len(manifest)), jobs=jobs, what="decoding")
+    plan = {"manifest": manifest.card["sha256"], "sample_rate": sample_rate, "max_clipped": max_clipped}
+    examined = in_pieces(
+        work,
+        range(len(manifest)),
+        jobs=jobs,
+        what="decoding",
+        division=Division(pieces_of(path), plan, piece),
+        pack=list,
+        unpack=_unpacked,
+    )
     for item in examined:
         result.add(item)
+    if piece is None:
+        remove(pieces_of(path))
     return result
+
+
+def _unpacked(data: list[Any]) -> Examined:
+    name, path, seconds, findings = data
+    return Examined(name, path, seconds, tuple(Finding(*finding) for finding in findings))
 
 
 def write_list(result: Verified, out: Path) -> None:

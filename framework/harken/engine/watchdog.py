@@ -19,7 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from harken.core import distributed, progress
-from harken.engine.heartbeat import Awake, Beat, Heartbeats, has_ended, process_state
+from harken.engine.flight import dump_flight
+from harken.engine.heartbeat import READING_PHASES, Awake, Beat, Heartbeats, has_ended, process_state
 
 HUNG = 69
 """Exit status of a rank that gave a hanging run up: EX_UNAVAILABLE of sysexits.h. The same command goes on."""
@@ -129,8 +130,17 @@ class Watchdog:
         if stalled < self.timeout * (PATIENCE if patient else 1):
             return ""
         if len(behind) == 1:
-            return self._name(behind, for_seconds)
-        return f"ranks {', '.join(map(str, behind))} wait for each other, and " + self._name(behind[:1], for_seconds)
+            return self._name(behind, for_seconds) + self._between(behind)
+        words = f"ranks {', '.join(map(str, behind))} wait for each other, and " + self._name(behind[:1], for_seconds)
+        return words + self._between(behind)
+
+    def _between(self, behind: list[int]) -> str:
+        """Ask for the network where ranks of several machines are in what they do together: it may be at fault."""
+        hosts = sorted({beat.host for beat in self.hearts.seen.values()})
+        if len(hosts) == 1 or any(self.hearts.seen[rank].phase in READING_PHASES for rank in behind):
+            return ""
+        more = f" and {len(hosts) - 8} more" if len(hosts) > 8 else ""
+        return f". The ranks are on {', '.join(hosts[:8])}{more}: is the network between these up?"
 
     def _ranks_gone(self, moment: float) -> list[int]:
         """Return the ranks that have been gone, or had ended with an error, for some seconds."""
@@ -165,9 +175,11 @@ class Watchdog:
         if first:
             _bounded(lambda: asked.append(hearts.raise_alarm(message.removeprefix("harken: "))), 5.0)
         if first and not asked[-1]:
-            message = f"harken: rank {hearts.rank} ends with the others, which found the same"
+            _bounded(hearts.exchange, 5.0)
+            message = f"harken: rank {hearts.rank} ends with the others, which found the same: {hearts.alarm}"
         _shout(f"{message}. Stacks: {stacks}; status {HUNG}; the same command goes on from the last checkpoint")
         _bounded(lambda: dump_stacks(stacks, message), 5.0)
+        _bounded(lambda: dump_flight(stacks.parent), 5.0)
         for child in multiprocessing.active_children():  # a loader's worker that hangs would outlive this process
             child.kill()
         if first:

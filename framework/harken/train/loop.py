@@ -26,6 +26,7 @@ from harken.train.log import RunLog, say
 from harken.train.metrics import Meter
 from harken.train.nonfinite import name_skipped
 from harken.train.passes import StepRunner
+from harken.train.profile import Profile
 from harken.train.rollback import due, roll_back
 from harken.train.shrink import shrink
 from harken.train.signals import StopRequest
@@ -56,6 +57,7 @@ class Run:
     checkpoints: Checkpoints
     log: RunLog
     speed: Speedometer
+    profile: Profile
     average: WeightAverage | None = None
     state: TrainState = field(default_factory=TrainState)
     meter: Meter = field(default_factory=Meter)
@@ -73,12 +75,14 @@ def train(run: Run) -> str:
     steps = run.loader.steps(state.position)
     saved, save_due = state.step, False
     while state.step < config.train.steps:
+        run.profile.begin(state.step + 1)
         waiting = time.perf_counter()
         progress.note("data", step=state.step + 1)
         step = next(steps)
         run.speed.waited += time.perf_counter() - waiting
         take_step(run, step)
         advance(run, step)
+        run.profile.end(state.step)
         state.wall_seconds = wall_before + time.perf_counter() - started
         if due(config.train, state, weights_lost=run.weights_lost):
             roll_back(run.checkpoints, run.engine, run.average, state)

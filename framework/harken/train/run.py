@@ -27,6 +27,7 @@ from harken.data.loader import EvalLoader, TrainLoader
 from harken.data.streams.loader import StreamLoader
 from harken.data.streams.shards import is_stream
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
+from harken.engine.flight import record_flights
 from harken.engine.memory import refuse_above
 from harken.engine.precision import resolved
 from harken.engine.watchdog import watched
@@ -38,6 +39,7 @@ from harken.train.checkpoint import Checkpoints
 from harken.train.lock import only_run
 from harken.train.log import RunLog, say
 from harken.train.loop import Run, out_of_patience, rehearse, train
+from harken.train.profile import Profile
 from harken.train.shrink import limits_of
 from harken.train.speed import Speedometer, peak_tflops
 from harken.train.state import TrainState
@@ -74,6 +76,7 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
     make: builds the objective with fresh weights. prepare: builds its worker part, for training or validation.
     spec: the frontend's frame arithmetic.
     """
+    record_flights(folder)
     start_processes(config.engine)
     config = replace(config, engine=resolved(config.engine))  # what was chosen is what is logged and saved
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +99,7 @@ def _run(run: Run) -> str:
         rehearse(run)
         return train(run)
     finally:
+        run.profile.close()
         run.checkpoints.close()
         run.log.close()
 
@@ -217,6 +221,7 @@ def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: Mak
             start_step=state.step,
         ),
         speed=Speedometer(config.data.sample_rate, peak),
+        profile=Profile(folder, config.log.profile),
         average=learner.average,
         state=state,
     )

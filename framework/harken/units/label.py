@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_folder, remove, write_json_atomic, write_text_atomic
+from harken.core.files import check_replaceable, remove, write_json_atomic, write_text_atomic
+from harken.core.pieces import Piece, shared_folder
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
 from harken.data.parallel import end_with_parent
@@ -59,9 +60,10 @@ class Layout:
     pieces: list[list[tuple[int, NDArray[np.int64]]]]
 
 
-def label(job: Job, processes: int, say: Callable[[str], None]) -> Card:
+def label(job: Job, processes: int, say: Callable[[str], None], piece: Piece | None = None) -> Card:
     """Label manifests into a store, continuing where an earlier call stopped.
 
+    piece: of the work, to be done alone; the store is finished by a call without one.
     Raises HarkenError when the clusterer was fitted on other features, or a process failed.
     """
     clusterer = Clusterer.load(job.clusterer)
@@ -85,12 +87,15 @@ def label(job: Job, processes: int, say: Callable[[str], None]) -> Card:
     if not _start_store(job, layout, card):
         say(f"{job.out} is finished: nothing to do")
         return card
-    todo = [piece for piece in range(len(layout.pieces)) if not _marker(job.out, piece).is_file()]
+    mine = piece.of(len(layout.pieces)) if piece is not None else range(len(layout.pieces))
+    todo = [number for number in mine if not _marker(job.out, number).is_file()]
     say(
         f"{len(layout.ids)} cuts, {card.labels} labels of {card.clusters} clusters at {card.rate:g} Hz; "
-        f"{len(todo)} of {len(layout.pieces)} pieces to do"
+        f"{len(todo)} of {len(mine)} pieces to do"
     )
     _run(job, todo, processes)
+    if piece is not None:
+        return card
     unreadable = _finish(job, layout, card)
     if unreadable:
         say(f"WARNING {len(unreadable)} cuts have no labels of their own, among them:")
@@ -125,13 +130,22 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
     """Make the store's files, or check that those there belong to this labelling; False when it is finished."""
     plan = {**vars(card), "manifests": [Manifest(path).card["sha256"] for path in job.manifests]}
     path = job.out / "plan.json"
-    if path.is_file():
-        if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
-            raise HarkenError(
-                f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it"
-            )
-        return not (job.out / "card.json").is_file()
-    with atomic_folder(job.out, kind="label store") as folder:  # killed before it is whole, it has not begun
+    if not path.is_file():
+        try:
+            check_replaceable(job.out, kind="label store")
+        except HarkenError:
+            if not path.is_file():  # another piece has just made it
+                raise
+        _make_store(job, layout, card, plan)
+    if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
+        raise HarkenError(
+            f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it"
+        )
+    return not (job.out / "card.json").is_file()
+
+
+def _make_store(job: Job, layout: Layout, card: Card, plan: dict[str, Any]) -> None:
+    with shared_folder(job.out) as folder:  # killed before it is whole, it has not begun; pieces may begin at once
         (folder / "pieces").mkdir()
         write_text_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
         write_lookup(folder, make_lookup(folder))
@@ -139,7 +153,6 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
         with (folder / "labels.bin").open("wb") as stream:
             stream.truncate(card.labels * np.dtype(card.dtype).itemsize)
         write_json_atomic(folder / "plan.json", plan)
-    return True
 
 
 def _marker(out: Path, piece: int) -> Path:

@@ -1,0 +1,45 @@
+"""The flight recorder: the last collectives of every rank, written down when a run that stands is ended.
+
+PyTorch keeps them in a ring for NCCL and gloo: which collective, of which shapes, called from where, begun or finished.
+The watchdog writes each rank's into `EXP/stacks/flight_RANK`, and NCCL does so itself where its own timeout or an error
+comes first (`nccl_RANK`). `python -m torch.distributed.flight_recorder.fr_trace --prefix flight_ EXP/stacks` compares
+the ranks.
+
+Source: PyTorch's "ProcessGroupNCCL environment variables"; its newer versions warn of the old names of `TORCH_FR_*`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from harken.core import distributed
+from harken.core.files import atomic_path
+
+EVENTS = 2000
+"""Collectives that each rank remembers."""
+
+
+def record_flights(folder: Path) -> None:
+    """Have the process group, which is made after this, remember its collectives; what the user set stays."""
+    if torch.cuda.is_available():  # NCCL makes no folder
+        (folder / "stacks").mkdir(parents=True, exist_ok=True)
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", str(EVENTS)),
+        ("TORCH_FR_DUMP_TEMP_FILE", str(folder.resolve() / "stacks" / "nccl_")),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def dump_flight(stacks: Path) -> None:
+    """Write this rank's last collectives into the folder of stacks; nothing where PyTorch has no recorder."""
+    native = torch._C._distributed_c10d  # noqa: SLF001  the only way to ask for them before NCCL's own timeout
+    kind = "_dump_nccl_trace" if torch.distributed.get_backend() == "nccl" else "_dump_fr_trace"
+    dump = getattr(native, kind, None)
+    if dump is not None:
+        stacks.mkdir(parents=True, exist_ok=True)
+        with atomic_path(stacks / f"flight_{distributed.rank()}") as temporary:
+            temporary.write_bytes(dump())
