@@ -147,7 +147,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("objective", "bestrq"): [{}, {"codebooks": 3}],
     ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
     ("objective", "data2vec"): [{}, {"beta": 0.5, "loss_scale": 2.0, "targets": "block"}],
-    ("objective", "hubert"): [{}, {"head": "linear"}],
+    ("objective", "hubert"): [{}, {"head": "linear"}, {"predict_layers": [1, 2], "head": "linear"}],
     ("objective", "transducer"): [{}, {"ctc_weight": 0.2, "prune_range": 2, "context": 1}],
     ("objective", "wav2vec2"): [{}, {"quantizer_dim": 24, "groups": 3, "mask_probability": 0.3}],
 }
