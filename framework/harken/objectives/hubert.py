@@ -57,7 +57,7 @@ class HubertConfig(SlotConfig):
     separate_projections: bool = False
     """One projection for each codebook, of the cosine heads; fairseq `untie_final_proj`."""
     predict_layers: tuple[int, ...] = ()
-    """Blocks, from 1 up to the encoder's last, whose outputs predict units, each by a head of its own; empty is the last
+    """Blocks, 1 to the encoder's last, whose outputs predict units, each by its own head; empty is the last
     alone. Fast-HuBERT's intermediate-layer loss (arXiv 2309.13860; its `predict_layers` count from 0)."""
     layer_codebooks: Literal["all", "own"] = "all"
     """What each of `predict_layers` predicts: all codebooks, the loss being a mean over the layers as in Fast-HuBERT's
