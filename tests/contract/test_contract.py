@@ -154,7 +154,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("objective", "cpc"): [{}, {"predictor": "linear", "mean_product": False, "first_step": 2}],
     ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
     ("objective", "data2vec"): [{}, {"beta": 0.5, "loss_scale": 2.0, "targets": "block"}],
-    ("objective", "hubert"): [{}, {"head": "linear"}],
+    ("objective", "hubert"): [{}, {"head": "linear"}, {"predict_layers": [1, 2], "head": "linear"}],
     ("objective", "transducer"): [{}, {"ctc_weight": 0.2, "prune_range": 2, "context": 1}],
     ("objective", "wav2vec"): [{}, {"first_step": 3, "negative_weight": 0.5}],
     ("objective", "wav2vec2"): [

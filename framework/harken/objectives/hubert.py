@@ -23,6 +23,7 @@ from harken.data.check import Cuts, Doubt
 from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
 from harken.nn.masked import summed_mean_squares
+from harken.nn.unit_heads import HeadKind, UnitHead, unit_logits
 from harken.objectives.base import Objective
 from harken.units.alignment import UnitReader
 from harken.units.coverage import check_same_units
@@ -49,12 +50,18 @@ class HubertConfig(SlotConfig):
     """fairseq `pred_nomask_weight`."""
     penalty_weight: float = 10.0
     """Weight of the mean square of the frontend's output; fairseq `loss_weights: [10]`."""
-    head: Literal["cosine", "cosine_normal", "linear"] = "cosine"
+    head: HeadKind = "cosine"
     """`cosine` is the published head, whose code embeddings start uniform in 0..1, so nearly parallel, and take
     thousands of steps to part. `cosine_normal` starts them normal with norm 1. `linear` is one linear map from the
     encoder's width, over `temperature` (k2SSL, arXiv 2411.17100; icefall `final_proj`)."""
     separate_projections: bool = False
     """One projection for each codebook, of the cosine heads; fairseq `untie_final_proj`."""
+    predict_layers: tuple[int, ...] = ()
+    """Blocks, 1 to the encoder's last, whose outputs predict units, each by its own head; empty is the last
+    alone. Fast-HuBERT's intermediate-layer loss (arXiv 2309.13860; its `predict_layers` count from 0)."""
+    layer_codebooks: Literal["all", "own"] = "all"
+    """What each of `predict_layers` predicts: all codebooks, the loss being a mean over the layers as in Fast-HuBERT's
+    criterion, or the codebook in its own place of `classes`, the loss being a sum as over HuBERT's codebooks."""
     penalty_over_padding: bool = False
     """Take the mean of the features penalty over the whole batch, padding included, as fairseq and k2SSL do: the loss
     then depends on which utterances share a batch."""
@@ -63,10 +70,19 @@ class HubertConfig(SlotConfig):
         check_numbers(
             self,
             "objective",
-            positive=("classes", "mask_length", "code_dim", "temperature"),
+            positive=("classes", "mask_length", "code_dim", "temperature", "predict_layers"),
             not_negative=("masked_weight", "unmasked_weight", "penalty_weight"),
             shares=("mask_probability",),
         )
+        if list(self.predict_layers) != sorted(set(self.predict_layers)):
+            raise HarkenError(
+                f"`objective.predict_layers` must rise, each block named once, got {list(self.predict_layers)}"
+            )
+        if self.layer_codebooks == "own" and len(self.predict_layers) != len(self.classes):
+            raise HarkenError(
+                "`objective.layer_codebooks: own` needs a block of `objective.predict_layers` for each codebook of "
+                f"`objective.classes`, got {len(self.predict_layers)} and {len(self.classes)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,44 +114,6 @@ class HubertPrepare:
         return self.units.check(cuts)
 
 
-class CosineCodes(nn.Module):
-    """Logits of units: cosine similarity of a projected frame to each unit's embedding, over a temperature.
-
-    One matrix product of normalised vectors; no frames x units x dim tensor exists.
-    Source: arXiv 2106.07447 equation 3.
-    """
-
-    def __init__(self, classes: tuple[int, ...], dim: int, temperature: float, *, normal: bool) -> None:
-        super().__init__()
-        self.classes = classes
-        self.temperature = temperature
-        start = torch.randn(sum(classes), dim) / dim**0.5 if normal else torch.rand(sum(classes), dim)
-        self.embeddings = nn.Parameter(start)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map projected frames `(N, C, dim)` to logits `(N, classes[c])` of each codebook."""
-        codes = functional.normalize(self.embeddings.float(), dim=-1).split(self.classes)
-        x = functional.normalize(x.float(), dim=-1)
-        with torch.autocast(x.device.type, enabled=False):
-            return [x[:, index] @ code.T / self.temperature for index, code in enumerate(codes)]
-
-
-class LinearCodes(nn.Module):
-    """Logits of units from one linear map for each codebook, over a temperature.
-
-    Source: k2SSL, arXiv 2411.17100; icefall's `hubert_ce.py`.
-    """
-
-    def __init__(self, classes: tuple[int, ...], dim: int, temperature: float) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.maps = nn.ModuleList(nn.Linear(dim, count) for count in classes)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map frames `(N, C, dim)` to logits `(N, classes[c])` of each codebook."""
-        return [linear(x[:, index]).float() / self.temperature for index, linear in enumerate(self.maps)]
-
-
 @register("objective", HubertConfig)
 class Hubert(Objective):
     """Predicts the units of masked frames.
@@ -148,15 +126,22 @@ class Hubert(Objective):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        if config.head == "linear":
-            self.heads = 1
-            self.project: nn.Module = nn.Identity()
-            self.codes: CosineCodes | LinearCodes = LinearCodes(config.classes, backbone.dim, config.temperature)
-        else:
-            self.heads = len(config.classes) if config.separate_projections else 1
-            self.project = nn.Linear(backbone.dim, config.code_dim * self.heads)
-            normal = config.head == "cosine_normal"
-            self.codes = CosineCodes(config.classes, config.code_dim, config.temperature, normal=normal)
+        last = backbone.encoder.num_layers
+        self.layers = config.predict_layers or (last,)
+        if self.layers[-1] != last:
+            raise HarkenError(
+                f"`objective.predict_layers` must end with {last}, the encoder's last block: those above would learn "
+                f"nothing; got {list(self.layers)}"
+            )
+        everything = tuple(range(len(config.classes)))
+        own = config.layer_codebooks == "own"
+        self.books = {layer: (place,) if own else everything for place, layer in enumerate(self.layers)}
+        heads = {layer: self._make_head(books) for layer, books in self.books.items()}
+        self.flops_per_frame = sum(head.flops for head in heads.values())
+        # the topmost head has the names it has in a HuBERT of one head, so that its checkpoints load
+        top = heads.pop(self.layers[-1])
+        self.project, self.codes = top.project, top.codes
+        self.lower_heads = nn.ModuleDict({str(layer): head for layer, head in heads.items()})
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> HubertPrepare:
@@ -182,15 +167,17 @@ class Hubert(Objective):
         """Return the cross entropy summed over masked frames and codebooks, plus the features penalty."""
         mask = batch.targets["mask"]
         frames, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {"mask": mask})
-        encoded = self.backbone.encoder.encode(x, lengths)
-        flat = encoded.last.flatten(0, 1)
+        encoded = self.backbone.encoder.encode(x, lengths, self.layers[:-1])
+        # of the last block what leaves the encoder, with the norm that some have there
+        outputs = {layer: encoded.hidden.get(layer, encoded.last).flatten(0, 1) for layer in self.layers}
         labels = batch.targets["labels"].flatten(0, 1)
         metrics: Metrics = {}
         total = frames.new_zeros((), dtype=torch.float32)
         for where, weight in (("masked", self.config.masked_weight), ("unmasked", self.config.unmasked_weight)):
             index = batch.targets[where]
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-                loss = self._predict(flat[index], labels[index], where, metrics)
+                picked = {layer: output[index] for layer, output in outputs.items()}
+                loss = self._predict(picked, labels[index], where, metrics)
             total = total + weight * loss if weight > 0 else total
         if self.config.penalty_over_padding:
             penalty = frames.float().square().mean() * batch.num_targets
@@ -200,21 +187,47 @@ class Hubert(Objective):
         return Loss(total=encoded.penalised(total + self.config.penalty_weight * penalty), metrics=metrics)
 
     def head_flops(self, frames: int) -> float:
-        """Count the projection and the similarities, for masked and unmasked frames together."""
-        classes, own = sum(self.config.classes), self.config
-        if own.head == "linear":
-            return 2.0 * frames * classes * self.backbone.dim
-        return 2.0 * frames * own.code_dim * (self.heads * self.backbone.dim + classes)
+        """Count the projections and the similarities, for masked and unmasked frames together."""
+        return frames * self.flops_per_frame
 
-    def _predict(self, x: Tensor, labels: Tensor, where: str, metrics: Metrics) -> Tensor:
-        """Return the summed cross entropy of frames `(N, D)` with labels `(N, C)`; record its mean and the accuracy."""
-        projected = self.project(x).unflatten(-1, (self.heads, -1)).expand(-1, len(self.config.classes), -1)
-        losses, hits = [], []
-        for codebook, logits in enumerate(self.codes(projected)):
-            losses.append(functional.cross_entropy(logits, labels[:, codebook].long(), reduction="sum"))
-            hits.append((logits.detach().argmax(-1) == labels[:, codebook]).sum())
-        loss = torch.stack(losses).sum()
-        count = loss.new_tensor(float(len(x)))
-        metrics["loss" if where == "masked" else "loss_unmasked"] = (loss.detach(), count)
-        metrics[f"accuracy_{where}"] = (torch.stack(hits).sum().float(), count * len(losses))
+    def _make_head(self, books: tuple[int, ...]) -> UnitHead:
+        own = self.config
+        classes = tuple(own.classes[book] for book in books)
+        separate = own.separate_projections
+        return UnitHead(own.head, classes, self.backbone.dim, own.code_dim, own.temperature, separate=separate)
+
+    def _logits(self, layer: int, x: Tensor) -> list[Tensor]:
+        """Return logits `(N, classes)` of each codebook that a block predicts from frames `(N, D)`."""
+        if layer == self.layers[-1]:
+            return unit_logits(self.project, self.codes, x)
+        logits: list[Tensor] = self.lower_heads[str(layer)](x)
+        return logits
+
+    def _predict(self, outputs: dict[int, Tensor], labels: Tensor, where: str, metrics: Metrics) -> Tensor:
+        """Return the summed cross entropy of frames `{layer: (N, D)}` with labels `(N, C)`; record mean and accuracy.
+
+        With several layers, each has figures of its own beside those of all.
+        """
+        losses, hits = {}, {}
+        for layer, x in outputs.items():
+            predicted = list(zip(self._logits(layer, x), self.books[layer], strict=True))
+            losses[layer] = torch.stack(
+                [functional.cross_entropy(z, labels[:, book].long(), reduction="sum") for z, book in predicted]
+            ).sum()
+            right = [(z.detach().argmax(-1) == labels[:, book]).sum() for z, book in predicted]
+            hits[layer] = (torch.stack(right).sum().float(), float(len(predicted)))
+        loss = torch.stack(list(losses.values())).sum()
+        if self.config.layer_codebooks == "all":
+            loss = loss / len(losses)
+        count = loss.new_tensor(float(len(labels)))
+        name = "loss" if where == "masked" else "loss_unmasked"
+        metrics[name] = (loss.detach(), count)
+        metrics[f"accuracy_{where}"] = (
+            torch.stack([right for right, _ in hits.values()]).sum(),
+            count * sum(books for _, books in hits.values()),
+        )
+        if len(outputs) > 1 and where == "masked":
+            for layer, (right, books) in hits.items():
+                metrics[f"loss_layer{layer}"] = (losses[layer].detach(), count)
+                metrics[f"accuracy_masked_layer{layer}"] = (right, count * books)
         return loss
