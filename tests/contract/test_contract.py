@@ -39,6 +39,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "gradient_limits": False,
         },
         "filterbank": {"bands": 20, "channels": 24, "subsampling": 2},
+        "patches": {"bands": 16, "channels": 12, "patch_frames": 4, "patch_bands": 8},
         "waveform": {"channels": 16},
     },
     "encoder": {
@@ -137,8 +138,12 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"subsampling": 1},
     ],
     ("frontend", "waveform"): [{}, {"norm": "layer", "bias": True, "normalize": True}],
-    ("encoder", "transformer"): [{}, {"norm_first": True, "position_kernel": 15}],
-    ("encoder", "wavlm"): [{}, {"norm_first": True}],
+    ("encoder", "transformer"): [
+        {},
+        {"norm_first": True, "position_kernel": 15},
+        {"rows": 2, "positions": "grid"},
+    ],
+    ("encoder", "wavlm"): [{}, {"norm_first": True}, {"rows": 2, "deep_norm": True, "gate_on": "query"}],
     ("encoder", "zipformer"): [
         {},
         {"causal": True},

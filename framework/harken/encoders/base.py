@@ -29,11 +29,13 @@ class Encoder(nn.Module):
     """Maps frames to representations.
 
     dim: width of a representation. num_layers: hidden[0] is the first block's input, hidden[i] the output of block i.
+    rows: tokens of a frame, which lie side by side in `dim`: the patches of one time of a grid.
     checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
     """
 
     dim: int
     num_layers: int
+    rows: int = 1
     checkpoint_blocks: bool = False
 
     @property
@@ -58,7 +60,9 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def feed_forwards(self) -> Sequence[nn.Module]:
-        """Return for each block the module whose output `(B, T, D)` its last feed-forward adds, before any dropout.
+        """Return for each block the module whose output its last feed-forward adds, before any dropout.
+
+        It is `(B, T * rows, D / rows)`, a token each.
 
         Empty where blocks have none, or differ in rate or width.
         """
