@@ -61,7 +61,7 @@ def test_each_part_of_it_matters(golden, backbone, part) -> None:
 
 @torch.no_grad()
 def test_audio_is_scaled_as_the_original_scales_it(backbone) -> None:
-    """Less 15.41663, over twice 6.55582 (`preprocess` of BEATs); the log-mel energies themselves are tested elsewhere."""
+    """Less 15.41663, over twice 6.55582 (`preprocess` of BEATs); log-mel energies are tested elsewhere."""
     wav = torch.randn(1, 16000, generator=torch.Generator().manual_seed(0)) * 0.1
     found = backbone.frontend.log_energies(wav, torch.tensor([16000]), None, None)
     expected = (backbone.frontend.log_mel(wav) - 15.41663) / (2 * 6.55582)

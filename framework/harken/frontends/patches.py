@@ -78,7 +78,7 @@ class Patches(LogMelFrontend):
 
     def cut(self, energies: Tensor) -> Tensor:
         """Project the patches of standardised energies `(B, M, bands)`; return `(B, T, rows * channels)`."""
-        grid = self.project(energies[:, None].to(self.project.weight.dtype))  # (B, channels, T, rows)
+        grid: Tensor = self.project(energies[:, None].to(self.project.weight.dtype))  # (B, channels, T, rows)
         return grid.permute(0, 2, 3, 1).flatten(2)
 
     def flops(self, samples: int) -> float:

@@ -53,10 +53,8 @@ def read_beats(path: str | Path) -> Imported:
     width = settings["encoder"]["rows"] * settings["encoder"]["dim"]
     weights["backbone.mask_embedding"] = torch.zeros(width)
     config = wavlm.checked(settings, weights, path)
-    notes = (
-        ("the head: harken has no audio tagging",) if head else ("the head: BEATs' pretrained checkpoints hold none",)
-    )
-    return Imported(config, weights, (), 0, notes, "classes: none, it holds no head")
+    why = "harken has no audio tagging" if head else "BEATs' pretrained checkpoints hold none"
+    return Imported(config, weights, (), 0, (f"the head: {why}",), "classes: none, it holds no head")
 
 
 def _settings(options: Mapping[str, Any], path: Path) -> dict[str, Any]:
