@@ -109,6 +109,15 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "band_masks": 1,
         },
         "data2vec": {"mask_length": 4, "top_layers": 2},
+        "data2vec2": {
+            "mask_length": 2,
+            "top_layers": 2,
+            "clones": 2,
+            "decoder_dim": 16,
+            "decoder_layers": 2,
+            "decoder_kernel": 3,
+            "decoder_groups": 2,
+        },
         "hubert": {"classes": "CLASSES", "code_dim": 16, "mask_length": 4, "unmasked_weight": 0.5},
         "transducer": {
             "tokenizer": "TOKENS",
@@ -152,6 +161,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("objective", "bestrq"): [{}, {"codebooks": 3}],
     ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
     ("objective", "data2vec"): [{}, {"beta": 0.5, "loss_scale": 2.0, "targets": "block"}],
+    ("objective", "data2vec2"): [{}, {"inverse_mask": True, "normalize_targets": True, "utterance_weight": 1.0}],
     ("objective", "hubert"): [{}, {"head": "linear"}],
     ("objective", "transducer"): [{}, {"ctc_weight": 0.2, "prune_range": 2, "context": 1}],
     ("objective", "wav2vec2"): [{}, {"quantizer_dim": 24, "groups": 3, "mask_probability": 0.3}],

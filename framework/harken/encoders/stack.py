@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from harken.config.registry import SlotConfig
@@ -78,6 +80,9 @@ class Stack(Encoder):
     and micro-batches of a step, so no rank waits for a gradient that another does not make.
     """
 
+    omits: ClassVar[bool] = False
+    """Whether blocks compute the same where hidden tokens are taken out of the sequence."""
+
     def __init__(
         self, config: StackConfig, input_dim: int, make_block: Callable[[], nn.Module], *, norm_last: bool
     ) -> None:
@@ -137,6 +142,36 @@ class Stack(Encoder):
         hidden = {layer: value.view_as(frames) for layer, value in hidden.items()}
         return Encoded(last.view_as(frames), hidden, lengths)
 
+    def encode_visible(
+        self, frames: Tensor, lengths: Tensor, mask: Tensor, visible: Tensor, extra: Tensor | None = None
+    ) -> Encoded:
+        """Encode what is visible; see `Encoder`. Hidden tokens are zeros to the positions, and attended to by none."""
+        tokens = frames.reshape(len(frames), frames.shape[1] * self.rows, -1)
+        hidden = mask
+        padded = padding_mask(lengths * self.rows, tokens.shape[1])
+        if padded is not None:
+            hidden = hidden | padded.to(frames.device, non_blocking=True)
+        tokens = tokens.masked_fill(hidden[..., None], 0.0)
+        every = tokens + self.positions(tokens)
+        places = visible.clamp(min=0)[..., None].expand(-1, -1, every.shape[2])
+        x, real = (every.gather(1, places), visible >= 0) if self.omits else (every, ~hidden)
+        if extra is not None:
+            x = torch.cat([extra.to(x.dtype).expand(len(x), 1, -1), x], 1)
+            real = functional.pad(real, (1, 0), value=True)
+        x, _ = self.run_blocks(x, real[:, None, None, :])
+        summary = None
+        if extra is not None:
+            summary, x, real = x[:, 0], x[:, 1:], real[:, 1:]
+        if self.omits:  # places beyond the visible ones repeat place 0: adding zeros leaves it as it is
+            x = torch.zeros_like(every, dtype=x.dtype).scatter_add(1, places, x * real[..., None])
+        return Encoded(x.reshape(frames.shape), {}, lengths, summary=summary)
+
+    def visible_flops(self, frames: int, share: float) -> float:
+        """Count positions over all tokens, and the blocks over those that they see; see `Encoder`."""
+        tokens = frames * self.rows
+        seen = round(tokens * share) if self.omits else tokens
+        return 2.0 * tokens * self._position_weights() + self.num_layers * self.block_flops(seen)
+
     def run_blocks(
         self, x: Tensor, attend: Tensor | None, layers: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -170,10 +205,12 @@ class Stack(Encoder):
         """Count projection, positions and blocks; see `Encoder`."""
         own = self.stack
         project = own.dim * self.input_norm.normalized_shape[0] if isinstance(self.project, nn.Linear) else 0
-        learned = own.positions == "convolution"
-        positions = own.dim * (own.dim // own.position_groups) * own.position_kernel if learned else 0
         tokens = frames * self.rows
-        return 2.0 * tokens * (project + positions) + own.layers * self.block_flops(tokens)
+        return 2.0 * tokens * (project + self._position_weights()) + own.layers * self.block_flops(tokens)
+
+    def _position_weights(self) -> int:
+        own = self.stack
+        return own.dim * (own.dim // own.position_groups) * own.position_kernel if own.positions == "convolution" else 0
 
     def depth(self, parameter: str) -> int:
         """Return the block that holds a parameter; a norm behind the blocks counts with the last one."""

@@ -77,6 +77,7 @@ class Transformer(Stack):
     """A stack of self-attention and feed-forward blocks; see `Stack`."""
 
     attention: ClassVar[type[SelfAttention]] = SelfAttention
+    omits: ClassVar[bool] = True
 
     def __init__(self, config: TransformerConfig, input_dim: int) -> None:
         super().__init__(config, input_dim, lambda: Block(config, self.attention), norm_last=config.norm_first)

@@ -49,6 +49,7 @@ class Wavlm(Transformer):
     """
 
     attention = GatedAttention
+    omits = False  # biases are of places in the sequence
 
     def __init__(self, config: WavlmConfig, input_dim: int) -> None:
         super().__init__(config, input_dim)
