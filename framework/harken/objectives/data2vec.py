@@ -175,8 +175,8 @@ class Data2vec(Objective):
                 raise HarkenError(
                     f"{self.config.name} has collapsed at step {step}: its {name}s differ from frame to frame by "
                     f"{found:.2g}, expected at least `objective.min_{name}_deviation` {least:g}; lower "
-                    "`schedule.peak`, lengthen the warm-up, or raise `objective.ema_start`, and continue from a checkpoint "
-                    "before it fell"
+                    "`schedule.peak`, lengthen the warm-up, or raise `objective.ema_start`, and continue from a "
+                    "checkpoint before it fell"
                 )
 
     def head_flops(self, frames: int) -> float:
