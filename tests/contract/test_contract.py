@@ -39,6 +39,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "gradient_limits": False,
         },
         "filterbank": {"bands": 20, "channels": 24, "subsampling": 2},
+        "patches": {"bands": 16, "channels": 12, "patch_frames": 4, "patch_bands": 8},
         "waveform": {"channels": 16},
     },
     "encoder": {
@@ -111,6 +112,15 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "band_masks": 1,
         },
         "data2vec": {"mask_length": 4, "top_layers": 2},
+        "data2vec2": {
+            "mask_length": 2,
+            "top_layers": 2,
+            "clones": 2,
+            "decoder_dim": 16,
+            "decoder_layers": 2,
+            "decoder_kernel": 3,
+            "decoder_groups": 2,
+        },
         "hubert": {"classes": "CLASSES", "code_dim": 16, "mask_length": 4, "unmasked_weight": 0.5},
         "transducer": {
             "tokenizer": "TOKENS",
@@ -143,8 +153,12 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("frontend", "waveform"): [{}, {"norm": "layer", "bias": True, "normalize": True}],
     ("encoder", "causal_convolution"): [{}, {"skip": False}],
     ("encoder", "recurrent"): [{}, {"cell": "gru"}],
-    ("encoder", "transformer"): [{}, {"norm_first": True, "position_kernel": 15}],
-    ("encoder", "wavlm"): [{}, {"norm_first": True}],
+    ("encoder", "transformer"): [
+        {},
+        {"norm_first": True, "position_kernel": 15},
+        {"rows": 2, "positions": "grid"},
+    ],
+    ("encoder", "wavlm"): [{}, {"norm_first": True}, {"rows": 2, "deep_norm": True, "gate_on": "query"}],
     ("encoder", "zipformer"): [
         {},
         {"causal": True},
@@ -154,6 +168,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("objective", "cpc"): [{}, {"predictor": "linear", "mean_product": False, "first_step": 2}],
     ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
     ("objective", "data2vec"): [{}, {"beta": 0.5, "loss_scale": 2.0, "targets": "block"}],
+    ("objective", "data2vec2"): [{}, {"inverse_mask": True, "normalize_targets": True, "utterance_weight": 1.0}],
     ("objective", "hubert"): [{}, {"head": "linear"}, {"predict_layers": [1, 2], "head": "linear"}],
     ("objective", "transducer"): [{}, {"ctc_weight": 0.2, "prune_range": 2, "context": 1}],
     ("objective", "wav2vec"): [{}, {"first_step": 3, "negative_weight": 0.5}],

@@ -41,8 +41,8 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the frontend's frames `(B, T, F)`, the encoder's masked input `(B, T, D)`, and frame lengths `(B,)`.
 
-        masks: any of `band_mask` `(B, bands)`, `mask` `(B, T)` and `channel_mask` `(B, D)`, True where masked: bands
-        are blanked, frames take the mask embedding, channels are zeroed. noise: masks what the frontend sees.
+        masks: any of `band_mask` `(B, bands)`, `mask` `(B, T)` and `channel_mask` `(B, D / rows)`, True where masked:
+        bands are blanked, frames take the mask embedding, channels are zeroed. noise: masks what the frontend sees.
         """
         if "mask" not in masks and noise is None:
             inputs = self._one_frame(inputs)
@@ -51,7 +51,8 @@ class Backbone(nn.Module):
         if "mask" in masks:
             x = torch.where(masks["mask"][..., None], self.mask_embedding.to(x.dtype), x)
         if "channel_mask" in masks:
-            x = x.masked_fill(masks["channel_mask"][:, None, :], 0.0)
+            # the channels of a token, in all tokens of a frame
+            x = x.masked_fill(masks["channel_mask"].repeat(1, self.encoder.rows)[:, None, :], 0.0)
         return frames, x, frame_lengths
 
     def forward(self, inputs: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:

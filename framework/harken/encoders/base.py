@@ -8,18 +8,22 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from harken.core.errors import HarkenError
+
 
 @dataclass(frozen=True)
 class Encoded:
     """An encoder's result: `last` `(B, T, D)`, `hidden` `{layer: (B, T, D)}`, `lengths` `(B,)` on the CPU.
 
     penalty: scalar that an objective adds to its summed loss in training, None where there is none.
+    summary: what came out at an extra token, `(B, D)`, where one was given.
     """
 
     last: Tensor
     hidden: dict[int, Tensor]
     lengths: Tensor
     penalty: Tensor | None = None
+    summary: Tensor | None = None
 
     def penalised(self, total: Tensor) -> Tensor:
         """Return a summed loss with the penalty added."""
@@ -30,6 +34,7 @@ class Encoder(nn.Module):
     """Maps frames to representations.
 
     dim: width of a representation. num_layers: hidden[0] is the first block's input, hidden[i] the output of block i.
+    rows: tokens of a frame, which lie side by side in `dim`: the patches of one time of a grid.
     checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
     causal: no frame of any layer depends on a later frame.
     """
@@ -38,6 +43,7 @@ class Encoder(nn.Module):
 
     dim: int
     num_layers: int
+    rows: int = 1
     checkpoint_blocks: bool = False
 
     @property
@@ -61,8 +67,29 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
+    def encode_visible(
+        self, frames: Tensor, lengths: Tensor, mask: Tensor, visible: Tensor, extra: Tensor | None = None
+    ) -> Encoded:
+        """Encode embedded frames `(B, T, embed_dim)` of which some tokens are hidden.
+
+        mask: `(B, T * rows)`, True where hidden. visible: `(B, V)`, places of the other real tokens, -1 beyond their
+        number. extra: `(D / rows,)`, one more token, whose output is the result's `summary`. What comes out at a hidden
+        place means nothing. An encoder that can leave tokens out does so; here they are zeros like any other input.
+        Raises HarkenError where the encoder takes no extra token.
+        """
+        if extra is not None:
+            raise HarkenError("an extra token needs an encoder of the Transformer family, such as `transformer`")
+        tokens = frames.unflatten(2, (self.rows, -1)).masked_fill(mask.unflatten(1, (-1, self.rows))[..., None], 0.0)
+        return self.encode(tokens.flatten(2), lengths)
+
+    def visible_flops(self, frames: int, share: float) -> float:
+        """Return the operations of `encode_visible` where a share of the tokens is visible; see `flops`."""
+        return self.flops(frames)
+
     def feed_forwards(self) -> Sequence[nn.Module]:
-        """Return for each block the module whose output `(B, T, D)` its last feed-forward adds, before any dropout.
+        """Return for each block the module whose output its last feed-forward adds, before any dropout.
+
+        It is `(B, T * rows, D / rows)`, a token each.
 
         Empty where blocks have none, or differ in rate or width.
         """

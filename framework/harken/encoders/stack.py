@@ -1,11 +1,14 @@
-"""What the Transformer family shares: projection, convolutional positions, a stack of blocks with LayerDrop."""
+"""What the Transformer family shares: projection, positions, a stack of blocks with LayerDrop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from harken.config.registry import SlotConfig
@@ -15,7 +18,7 @@ from harken.core.draws import shared_uniform
 from harken.core.errors import HarkenError
 from harken.encoders.base import Encoded, Encoder
 from harken.nn.dropout import Dropout
-from harken.nn.positions import PositionalConvolution
+from harken.nn.positions import GridPositions, PositionalConvolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +47,17 @@ class StackConfig(SlotConfig):
     """Frames that the convolution of the positions covers. fairseq `conv_pos`."""
     position_groups: int = 16
     """Groups of the convolution of the positions; they divide `dim`. fairseq `conv_pos_groups`."""
+    positions: Literal["convolution", "grid"] = "convolution"
+    """`convolution` over the tokens, or a fixed sinusoid of time and row (EAT, arXiv 2401.03497)."""
+    rows: int = 1
+    """Tokens that a frame is cut into: for `frontend.name: patches` `bands / patch_bands`, 8 by default, for others 1.
+    `dim` is the width of a token; a representation is all tokens of a frame side by side."""
 
     def __post_init__(self) -> None:
         check_numbers(
             self,
             "encoder",
-            positive=("dim", "layers", "heads", "ffn_dim", "position_kernel", "position_groups"),
+            positive=("dim", "layers", "heads", "ffn_dim", "position_kernel", "position_groups", "rows"),
             shares=("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"),
         )
         if self.dim % self.heads:
@@ -62,7 +70,9 @@ class StackConfig(SlotConfig):
 
 
 class Stack(Encoder):
-    """Layer norm and projection, convolutional positions, blocks with LayerDrop.
+    """Layer norm and projection, positions, blocks with LayerDrop.
+
+    A frame is `rows` tokens, which all of it works on one by one: 1 for speech, the patches of one time for a grid.
 
     norm_last: normalise what leaves the last block, for blocks whose residual path is not normalised; else what enters
     the first. A block maps `(B, T, D)`, `attend` (see `SelfAttention`) and what `shared` returns to `(B, T, D)`.
@@ -70,46 +80,105 @@ class Stack(Encoder):
     and micro-batches of a step, so no rank waits for a gradient that another does not make.
     """
 
+    omits: ClassVar[bool] = False
+    """Whether blocks compute the same where hidden tokens are taken out of the sequence."""
+
     def __init__(
         self, config: StackConfig, input_dim: int, make_block: Callable[[], nn.Module], *, norm_last: bool
     ) -> None:
         super().__init__()
         self.stack = config
-        self.dim = config.dim
+        self.rows = config.rows
+        self.dim = config.rows * config.dim
         self.num_layers = config.layers
         self.norm_last = norm_last
+        if input_dim % config.rows:
+            raise HarkenError(
+                f"`encoder.rows` must divide the width of the frontend's frames, got {config.rows} and {input_dim}; "
+                "for patches it is `frontend.bands / frontend.patch_bands`"
+            )
+        input_dim //= config.rows
         self.input_norm = nn.LayerNorm(input_dim)
         # fairseq has no projection where the widths are equal; its released checkpoints load either way
         self.project: nn.Module = nn.Linear(input_dim, config.dim) if input_dim != config.dim else nn.Identity()
         self.input_dropout = Dropout(config.input_dropout)
-        self.positions = PositionalConvolution(config.dim, config.position_kernel, config.position_groups)
+        self.positions = (
+            GridPositions(config.dim, config.rows)
+            if config.positions == "grid"
+            else PositionalConvolution(config.dim, config.position_kernel, config.position_groups)
+        )
         self.blocks = nn.ModuleList(make_block() for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = Dropout(config.dropout)
         self.blocks.apply(_initialise)
 
     def normalise(self, frames: Tensor) -> Tensor:
-        """Give each of the frames `(B, T, F)` its norm; see `Encoder`."""
-        normal: Tensor = self.input_norm(frames)
+        """Give each token of the frames `(B, T, F)` its norm; see `Encoder`."""
+        return self._normal_tokens(frames).flatten(2)
+
+    def _normal_tokens(self, frames: Tensor) -> Tensor:
+        normal: Tensor = self.input_norm(frames.unflatten(2, (self.rows, -1)))
         return normal
 
     def embed(self, frames: Tensor) -> Tensor:
         """Normalise and project frames `(B, T, F)` to `(B, T, D)`."""
-        embedded: Tensor = self.input_dropout(self.project(self.normalise(frames)))
-        return embedded
+        embedded: Tensor = self.input_dropout(self.project(self._normal_tokens(frames)))
+        return embedded.flatten(2)
 
     def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
-        """Encode embedded frames `(B, T, D)`; see `Encoder`."""
+        """Encode embedded frames `(B, T, embed_dim)`; see `Encoder`."""
         unknown = [layer for layer in layers if not 0 <= layer <= self.num_layers]
         if unknown:
             raise HarkenError(f"hidden layers must lie in 0..{self.num_layers}, got {unknown}")
-        padded = padding_mask(lengths, frames.shape[1])
+        tokens = frames.reshape(len(frames), frames.shape[1] * self.rows, -1)
+        padded = padding_mask(lengths * self.rows, tokens.shape[1])
         attend = None
         if padded is not None:
             padded = padded.to(frames.device, non_blocking=True)
-            frames = frames.masked_fill(padded[..., None], 0.0)
+            tokens = tokens.masked_fill(padded[..., None], 0.0)
             attend = ~padded[:, None, None, :]
-        x = frames + self.positions(frames)
+        x = tokens + self.positions(tokens)
+        last, hidden = self.run_blocks(x, attend, layers)
+        hidden = {layer: value.view_as(frames) for layer, value in hidden.items()}
+        return Encoded(last.view_as(frames), hidden, lengths)
+
+    def encode_visible(
+        self, frames: Tensor, lengths: Tensor, mask: Tensor, visible: Tensor, extra: Tensor | None = None
+    ) -> Encoded:
+        """Encode what is visible; see `Encoder`. Hidden tokens are zeros to the positions, and attended to by none."""
+        tokens = frames.reshape(len(frames), frames.shape[1] * self.rows, -1)
+        hidden = mask
+        padded = padding_mask(lengths * self.rows, tokens.shape[1])
+        if padded is not None:
+            hidden = hidden | padded.to(frames.device, non_blocking=True)
+        tokens = tokens.masked_fill(hidden[..., None], 0.0)
+        every = tokens + self.positions(tokens)
+        places = visible.clamp(min=0)[..., None].expand(-1, -1, every.shape[2])
+        x, real = (every.gather(1, places), visible >= 0) if self.omits else (every, ~hidden)
+        if extra is not None:
+            x = torch.cat([extra.to(x.dtype).expand(len(x), 1, -1), x], 1)
+            real = functional.pad(real, (1, 0), value=True)
+        x, _ = self.run_blocks(x, real[:, None, None, :])
+        summary = None
+        if extra is not None:
+            summary, x, real = x[:, 0], x[:, 1:], real[:, 1:]
+        if self.omits:  # places beyond the visible ones repeat place 0: adding zeros leaves it as it is
+            x = torch.zeros_like(every, dtype=x.dtype).scatter_add(1, places, x * real[..., None])
+        return Encoded(x.reshape(frames.shape), {}, lengths, summary=summary)
+
+    def visible_flops(self, frames: int, share: float) -> float:
+        """Count positions over all tokens, and the blocks over those that they see; see `Encoder`."""
+        tokens = frames * self.rows
+        seen = round(tokens * share) if self.omits else tokens
+        return 2.0 * tokens * self._position_weights() + self.num_layers * self.block_flops(seen)
+
+    def run_blocks(
+        self, x: Tensor, attend: Tensor | None, layers: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run norms and blocks over tokens with positions `(B, N, D)`; return the last and the hidden `layers`.
+
+        attend: `(B, 1, 1, N)`, True where a token may be attended to, None for all.
+        """
         if not self.norm_last:
             x = self.norm(x)
         x = self.dropout(x)
@@ -122,22 +191,26 @@ class Stack(Encoder):
                 hidden[index] = x
         if self.norm_last:
             x = self.norm(x)
-        return Encoded(x, hidden, lengths)
+        return x, hidden
 
     def shared(self, frames: Tensor) -> tuple[Tensor, ...]:
         """Return what all blocks take besides their input `(B, T, D)`, computed once a forward pass; nothing here."""
         return ()
 
     def block_flops(self, frames: int) -> float:
-        """Return the forward operations of one block over `frames`, attention included."""
+        """Return the forward operations of one block over `frames` tokens, attention included."""
         raise NotImplementedError
 
     def flops(self, frames: int) -> float:
         """Count projection, positions and blocks; see `Encoder`."""
         own = self.stack
         project = own.dim * self.input_norm.normalized_shape[0] if isinstance(self.project, nn.Linear) else 0
-        positions = own.dim * (own.dim // own.position_groups) * own.position_kernel
-        return 2.0 * frames * (project + positions) + own.layers * self.block_flops(frames)
+        tokens = frames * self.rows
+        return 2.0 * tokens * (project + self._position_weights()) + own.layers * self.block_flops(tokens)
+
+    def _position_weights(self) -> int:
+        own = self.stack
+        return own.dim * (own.dim // own.position_groups) * own.position_kernel if own.positions == "convolution" else 0
 
     def depth(self, parameter: str) -> int:
         """Return the block that holds a parameter; a norm behind the blocks counts with the last one."""

@@ -53,13 +53,15 @@ class Teacher(nn.Module):
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Return targets `(B, T, D)` of a frontend's unmasked frames `(B, T, F)`: the mean of the top blocks' outputs.
 
-        Each is normalised over the real frames of its utterance (instance norm). An output is that of the feed-forward
+        Each is normalised over the real tokens of its utterance (instance norm). An output is that of the feed-forward
         before the residual connection, or of the whole block.
         """
         x = self.encoder.embed(frames)
-        padded = None if bool((lengths >= frames.shape[1]).all()) else lengths
+        batch, time, rows = len(frames), frames.shape[1], self.encoder.rows
+        padded = None if bool((lengths >= time).all()) else lengths * rows
         outputs = self._feed_forwards(x, lengths) if self.branches else self._blocks(x, lengths)
-        return torch.stack([normalise_over_time(output.float(), padded) for output in outputs]).mean(0)
+        tokens = [output.float().reshape(batch, time * rows, -1) for output in outputs]
+        return torch.stack([normalise_over_time(x, padded) for x in tokens]).mean(0).view(batch, time, -1)
 
     def _blocks(self, x: Tensor, lengths: Tensor) -> Sequence[Tensor]:
         last = self.encoder.num_layers

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, cast
 
 from torch import Tensor
 
 from harken.config.registry import register
 from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
-from harken.encoders.transformer import Transformer, TransformerConfig
+from harken.encoders.transformer import Block, Transformer, TransformerConfig
 from harken.nn.gated_position_bias import GATE_PARTS, GatedAttention, PositionBias
 
 
@@ -22,6 +23,9 @@ class WavlmConfig(TransformerConfig):
     half for single offsets. WavLM `num_buckets`."""
     position_max_distance: int = 800
     """Frames from which on all offsets share the last bucket. WavLM `max_distance`."""
+    gate_on: Literal["input", "query"] = "input"
+    """What a block's gates are computed from: its input, as in WavLM's released code, or its queries, as in the paper
+    and in BEATs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,9 +49,12 @@ class Wavlm(Transformer):
     """
 
     attention = GatedAttention
+    omits = False  # biases are of places in the sequence
 
     def __init__(self, config: WavlmConfig, input_dim: int) -> None:
         super().__init__(config, input_dim)
+        for block in self.blocks:
+            cast(GatedAttention, cast(Block, block).attention).on_query = config.gate_on == "query"
         self.bias = PositionBias(config.heads, config.position_buckets, config.position_max_distance)
 
     def shared(self, frames: Tensor) -> tuple[Tensor, ...]:

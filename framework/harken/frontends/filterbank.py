@@ -103,7 +103,7 @@ def mel_matrix(config: LogMelConfig, fft: int) -> Tensor:
         raise HarkenError(
             f"`frontend.low_hz` < `frontend.high_hz` <= {nyquist} must hold, got {config.low_hz} and {high}"
         )
-    low_mel, high_mel = (float(to_mel(torch.tensor(edge, dtype=torch.float64))) for edge in (config.low_hz, high))
+    low_mel, high_mel = (1127.0 * math.log1p(edge / 700.0) for edge in (config.low_hz, high))
     edges = torch.linspace(low_mel, high_mel, config.bands + 2, dtype=torch.float64)
     bins = to_mel(torch.arange(fft // 2, dtype=torch.float64) * config.sample_rate / fft)[:, None]
     rise = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
@@ -192,13 +192,17 @@ class LogMelFrontend(Frontend):
         self, inputs: Tensor, lengths: Tensor, band_mask: Tensor | None, noise: InputNoise | None
     ) -> Tensor:
         """Return `(B, T, bands)`, a frame each 10 ms; a masked band is set to its mean over the utterance."""
-        x: Tensor = self.log_mel(inputs)
-        if self.normalize:
-            count = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)
-            x = normalise_over_time(x, count if bool((count < x.shape[1]).any()) else None)
+        x = self.standardise(self.log_mel(inputs), lengths)
         if noise is not None:
             x = noise.replace(x, self.spec, self.spec.windows[0])
         return x if band_mask is None else x.masked_fill(band_mask[:, None, :], 0.0)
+
+    def standardise(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Give the energies `(B, T, bands)` of utterances of `lengths` samples their scale, before noise and masks."""
+        if not self.normalize:
+            return x
+        count = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)
+        return normalise_over_time(x, count if bool((count < x.shape[1]).any()) else None)
 
     def mel_frames(self, samples: int) -> int:
         """Return the number of frames of 10 ms."""

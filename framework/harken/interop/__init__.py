@@ -1,3 +1,3 @@
 """Other toolkits' checkpoints: one file a toolkit, each with `import_checkpoint(path, folder)`."""
 
-FORMATS = ("fairseq", "icefall", "wavlm")
+FORMATS = ("beats", "fairseq", "icefall", "wavlm")

@@ -9,12 +9,15 @@ Source: arXiv 2110.13900; `WavLM.py` and `modules.py` of the released code.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from harken.config.load import from_dict
 from harken.config.saved import load_into
+from harken.config.schema import RunConfig
 from harken.core.errors import HarkenError
 from harken.core.files import check_replaceable, sha256_file
 from harken.encoders.backbone import build_backbone
@@ -52,23 +55,52 @@ def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
 def read_wavlm(path: str | Path) -> Imported:
     """Read a checkpoint; see `import_checkpoint` for what is raised."""
     path = Path(path)
+    options, model = read_parts(path, "WavLM")
+    weights = rename(model, NAMES, path)
+    config = checked(_settings(options, path), weights, path)
+    notes = ("the head: WavLM's checkpoints hold none",)
+    return Imported(config, weights, (), 0, notes, "classes: none, it holds no head")
+
+
+def read_parts(path: Path, kind: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Return the options that have a value, and the state dict; `kind` is the model's name for messages."""
     state = read_checkpoint(path)
     cfg = plain(state.get("cfg")) if isinstance(state, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping) or not isinstance(cfg, Mapping):
-        raise HarkenError(f"{path} is no WavLM checkpoint: expected `cfg` and `model` in it")
-    options = {name: value for name, value in cfg.items() if value is not None}
-    weights = {
-        name: value.reshape(-1) if name.endswith(".gate_scale") else value
-        for name, value in rename_weights(_used(state["model"]), NAMES, fairseq.QUERY_KEY_VALUE, path).items()
-    }
+        raise HarkenError(f"{path} is no {kind} checkpoint: expected `cfg` and `model` in it")
+    return {name: value for name, value in cfg.items() if value is not None}, state["model"]
+
+
+def rename(model: Mapping[str, Any], names: Sequence[tuple[str, str]], path: Path) -> dict[str, Tensor]:
+    """Return a state dict's weights under harken's names, without the tables of biases that blocks share."""
+    renamed = rename_weights(_used(model), names, fairseq.QUERY_KEY_VALUE, path)
+    return {name: value.reshape(-1) if name.endswith(".gate_scale") else value for name, value in renamed.items()}
+
+
+def checked(settings: dict[str, Any], weights: Mapping[str, Tensor], path: Path) -> RunConfig:
+    """Return the configuration that settings amount to; raise HarkenError where the weights are not its backbone's."""
     try:
-        config = from_dict(_settings(options, path))
+        config = from_dict(settings)
     except TypeError as error:
         raise HarkenError(f"{path} has an option of a wrong type: {error}") from error
     prefix = "backbone."
     load_into(build_backbone(config), {name.removeprefix(prefix): value for name, value in weights.items()}, path)
-    notes = ("the head: WavLM's checkpoints hold none",)
-    return Imported(config, weights, (), 0, notes, "classes: none, it holds no head")
+    return config
+
+
+def relative_positions(options: Mapping[str, Any], path: Path, kind: str) -> dict[str, Any]:
+    """Return the settings of gated relative positions; raise HarkenError where a checkpoint has none."""
+    for name in ("relative_position_embedding", "gru_rel_pos"):
+        if not options.get(name, False):
+            raise HarkenError(
+                f"{kind}'s `{name}` must be true to be read, {path} has {options.get(name)!r}: "
+                "without gated relative positions it is a plain HuBERT encoder, `--from fairseq`"
+            )
+    return {
+        "name": "wavlm",
+        "position_buckets": options.get("num_buckets", 320),
+        "position_max_distance": options.get("max_distance", 1280),
+    }
 
 
 def _used(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,19 +110,10 @@ def _used(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(options: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    for name in ("relative_position_embedding", "gru_rel_pos"):
-        if not options.get(name, False):
-            raise HarkenError(
-                f"WavLM's `{name}` must be true to be read, {path} has {options.get(name)!r}: "
-                "without gated relative positions it is a plain HuBERT encoder, `--from fairseq`"
-            )
+    positions = relative_positions(options, path, "WavLM")
     check_supported({**options, "_name": "hubert"}, path)
     # what groups the training would be in are empty: the checkpoint is silent about it
     groups = {name: options if name in ("model", "task") else {} for name in GROUPS}
     slots = hubert_config(groups, [UNITS])
-    slots["encoder"].update(
-        name="wavlm",
-        position_buckets=options.get("num_buckets", 320),
-        position_max_distance=options.get("max_distance", 1280),
-    )
+    slots["encoder"].update(positions)
     return {**slots, **training_config(groups, path.name, 0)}

@@ -43,12 +43,21 @@ class SelfAttention(nn.Module):
         x: `(B, T, D)`. attend: `(B, 1, 1, T)` bool, True where a key may be attended to, or floats `(B, H, T, T)` that
         are added to the scores; None when nothing is padded, which lets torch choose its flash kernel.
         """
+        q, k, v = self.project(x)
+        return self.combine(q, k, v, attend)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values `(B, H, T, D / H)` of `x` `(B, T, D)`."""
         batch, time, dim = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def combine(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
+        """Return what queries find among keys, `(B, T, D)`; `attend` as in `forward`."""
         dropout = self.dropout if self.training else 0.0
         if attend is not None and attend.is_floating_point():
             attend = attend.to(q.dtype)  # the kernels take what is added in the type of what it is added to
         with _kernel(q):
             y = functional.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
-        result: Tensor = self.out(y.transpose(1, 2).reshape(batch, time, dim))
+        result: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return result

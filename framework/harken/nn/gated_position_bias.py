@@ -51,7 +51,12 @@ class PositionBias(nn.Module):
 
 
 class GatedAttention(SelfAttention):
-    """Self-attention whose scores get a bias times a gate that each frame and head computes from the layer's input."""
+    """Self-attention whose scores get a bias times a gate that each frame and head computes.
+
+    on_query: from the query, as in the paper and in BEATs, and not from the layer's input, as in WavLM as released.
+    """
+
+    on_query: bool = False
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim, heads, dropout)
@@ -62,16 +67,17 @@ class GatedAttention(SelfAttention):
         """Attend within each sequence `(B, T, D)`; `attend` as in `SelfAttention`, `bias` `(H, T, T)`."""
         if bias is None:
             return super().forward(x, attend)
-        scores = self.gates(x) * bias
+        q, k, v = self.project(x)
+        scores = self.gates(q.transpose(1, 2).flatten(2) if self.on_query else x) * bias
         if attend is not None:
             scores = scores.masked_fill(~attend, -torch.inf)
-        return super().forward(x, scores)
+        return self.combine(q, k, v, scores)
 
     def gates(self, x: Tensor) -> Tensor:
-        """Return `(B, H, T, 1)` in 1..2 + `gate_scale` for the inputs `(B, T, D)` of the layer.
+        """Return `(B, H, T, 1)` in 1..2 + `gate_scale` for what they are computed from, `(B, T, D)`.
 
         With u and r the sigmoids of the two sums and s the scale, the gate is u (r s - 1) + 2 = 1 + (1 - u) + u r s. As
-        released, where the paper has the query for the input and 1 - u for u.
+        released, where the paper has 1 - u for u.
         """
         parts: Tensor = self.gate(x.unflatten(-1, (self.heads, -1)))
         update, reset = parts.unflatten(-1, (2, GATE_PARTS // 2)).sum(-1).sigmoid().unbind(-1)

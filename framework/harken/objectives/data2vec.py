@@ -102,15 +102,20 @@ class Data2vec(Objective):
         super().__init__()
         if run.engine.zero_stage == 3:
             raise HarkenError(
-                "`objective.name: data2vec` needs whole weights on each rank for its teacher, which "
+                f"`objective.name: {config.name}` needs whole weights on each rank for its teacher, which "
                 "`engine.zero_stage: 3` does not keep: use stage 0, 1 or 2"
             )
         self.config, self.backbone = config, backbone
-        self.mask = _mask(config)
-        self.project = nn.Linear(backbone.dim, backbone.dim)
+        self.width = self.head(run)
         self.teacher = Teacher(backbone.encoder, config.top_layers, config.targets)
-        self.scale = backbone.dim**-0.5 if config.loss_scale is None else config.loss_scale
+        self.scale = self.width**-0.5 if config.loss_scale is None else config.loss_scale
         self._moments: Tensor | None = None  # of this rank's frames since the last step
+
+    def head(self, run: RunConfig) -> int:
+        """Make what predicts targets; return their width."""
+        self.mask = _mask(self.config)
+        self.project = nn.Linear(self.backbone.dim, self.backbone.dim)
+        return self.backbone.dim
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> Data2vecPrepare:
@@ -124,24 +129,31 @@ class Data2vec(Objective):
         encoded = self.backbone.encoder.encode(x, lengths)
         predicted = self.project(encoded.last.flatten(0, 1)[masked]).float()
         target = self.teacher(frames.detach(), lengths).flatten(0, 1)[masked]
+        total = self.errors(predicted, target).sum()
+        return Loss(total=encoded.penalised(total), metrics=self.figures(total, predicted, target, batch))
+
+    def errors(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Return the scaled errors `(N,)` of predictions `(N, D)`, summed over channels."""
         if self.config.beta:
-            error = functional.smooth_l1_loss(predicted, target, reduction="sum", beta=self.config.beta)
+            error = functional.smooth_l1_loss(predicted, target, reduction="none", beta=self.config.beta)
         else:
-            error = (predicted - target).square().sum()
-        total = error * self.scale
+            error = (predicted - target).square()
+        return error.sum(-1) * self.scale
+
+    def figures(self, total: Tensor, predicted: Tensor, target: Tensor, batch: Batch) -> Metrics:
+        """Return what the log shows of a batch's predictions `(N, D)`; it is kept for the look for a collapse, too."""
         count = total.new_tensor(batch.num_targets)
         moments = torch.stack([_moments(target), _moments(predicted.detach())])
         if self.training:
             self._moments = moments if self._moments is None else self._moments + moments
         spread = _deviation(moments).to(total.dtype)
         decay = self.config.decay(int(current_step()))
-        metrics: Metrics = {
+        return {
             "loss": (total.detach(), count),
             "target_deviation": (spread[0] * count, count),
             "prediction_deviation": (spread[1] * count, count),
             "teacher_decay": (count * decay, count),
         }
-        return Loss(total=encoded.penalised(total), metrics=metrics)
 
     def after_step(self, step: int) -> None:
         """Move the teacher; now and then see that nothing has collapsed. Every rank calls it.
@@ -154,16 +166,17 @@ class Data2vec(Objective):
         self._moments = None
 
     def _check_spread(self, step: int) -> None:
-        moments = torch.zeros(2, 3, self.backbone.dim) if self._moments is None else self._moments
+        moments = torch.zeros(2, 3, self.width) if self._moments is None else self._moments
         summed = torch.tensor(distributed.sum_over_ranks(moments.flatten().tolist()), dtype=torch.float64)
         spread = _deviation(summed.view(2, 3, -1)).tolist()
         for name, found in zip(("target", "prediction"), spread, strict=True):
             least = float(getattr(self.config, f"min_{name}_deviation"))
             if found < least:
                 raise HarkenError(
-                    f"data2vec has collapsed at step {step}: its {name}s differ from frame to frame by {found:.2g}, "
-                    f"expected at least `objective.min_{name}_deviation` {least:g}; lower `schedule.peak`, lengthen "
-                    "the warm-up, or raise `objective.ema_start`, and continue from a checkpoint before it fell"
+                    f"{self.config.name} has collapsed at step {step}: its {name}s differ from frame to frame by "
+                    f"{found:.2g}, expected at least `objective.min_{name}_deviation` {least:g}; lower "
+                    "`schedule.peak`, lengthen the warm-up, or raise `objective.ema_start`, and continue from a "
+                    "checkpoint before it fell"
                 )
 
     def head_flops(self, frames: int) -> float:
