@@ -280,6 +280,36 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """When a run that goes on without an error is held to have failed (`harken.train.health`), and what then."""
+
+    action: Literal["warn", "stop", "roll_back"] = "warn"
+    """What an alarm does besides telling: nothing; end the run with an error; go back to the newest checkpoint from
+    before it, on with the data after it, at most `train.max_rollbacks` times."""
+    records: int = 3
+    """Bad records of the log in a row, of training or of validation, at which an alarm rings."""
+    after_steps: int = 1000
+    """Steps before which only the labels are judged: CTC begins with blanks alone, fp16 by finding its loss scale."""
+    min_perplexity: float = 2.0
+    """Least perplexity of the codes or labels of a batch, a mean over codebooks; 1 is a single one."""
+    min_rank: float = 1.5
+    """Least effective rank of the frontend's and the encoder's outputs on the probe batch; 1 is a single direction."""
+    max_skipped_share: float = 0.2
+    """Largest share of the steps since the last record that were skipped because their gradient was not finite."""
+    max_blank_share: float = 0.999
+    """Largest share of frames whose most probable token is CTC's blank."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "health",
+            positive=("records",),
+            not_negative=("after_steps", "min_perplexity", "min_rank"),
+            shares=("max_skipped_share", "max_blank_share"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a run."""
 
@@ -307,6 +337,8 @@ class RunConfig:
     """When to save and what to keep."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is written while training."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """When an alarm rings, and what it does."""
 
     def __post_init__(self) -> None:
         rate = getattr(self.frontend, "sample_rate", self.data.sample_rate)

@@ -26,6 +26,7 @@ from harken.nn.masked import summed_mean_squares
 from harken.objectives.base import Objective
 from harken.units.alignment import UnitReader
 from harken.units.coverage import check_same_units
+from harken.units.random_projection import codebook_use
 from harken.units.store import LabelStore
 
 
@@ -189,6 +190,8 @@ class Hubert(Objective):
         total = frames.new_zeros((), dtype=torch.float32)
         for where, weight in (("masked", self.config.masked_weight), ("unmasked", self.config.unmasked_weight)):
             index = batch.targets[where]
+            if where == "masked":
+                metrics["label_perplexity"] = self._label_perplexity(labels[index])
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
                 loss = self._predict(flat[index], labels[index], where, metrics)
             total = total + weight * loss if weight > 0 else total
@@ -205,6 +208,13 @@ class Hubert(Objective):
         if own.head == "linear":
             return 2.0 * frames * classes * self.backbone.dim
         return 2.0 * frames * own.code_dim * (self.heads * self.backbone.dim + classes)
+
+    def _label_perplexity(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the perplexity of labels `(N, C)`, a mean over codebooks, times N, and N: near 1 they teach nothing."""
+        classes = self.config.classes
+        each = [codebook_use(labels[:, i, None].long(), size)[1] for i, size in enumerate(classes)]
+        count = each[0].new_tensor(float(len(labels)))
+        return torch.stack(each).mean() * count, count
 
     def _predict(self, x: Tensor, labels: Tensor, where: str, metrics: Metrics) -> Tensor:
         """Return the summed cross entropy of frames `(N, D)` with labels `(N, C)`; record its mean and the accuracy."""

@@ -205,7 +205,8 @@ class Wav2vec2(Objective):
         else:
             own = perplexity(sums / counts.clamp(min=1)[:, None, None])
             diversity = ((size - own) / size * counts).sum()
-        return diversity, {"code_perplexity": code_perplexity, "prob_perplexity": prob_perplexity}
+        health = {"code_perplexity": code_perplexity, "prob_perplexity": prob_perplexity}
+        return diversity, {**health, "codebook_perplexity": code_perplexity / self.config.groups}
 
     def head_flops(self, frames: int) -> float:
         """Count the quantiser, the projections and the similarities of the masked frames."""
