@@ -160,6 +160,14 @@ class BatchConfig:
         """Micro-batches of a step over all ranks."""
         return max(1, round(self.seconds_per_step / self.micro_batch_seconds))
 
+    def times(self, reference_seconds: float | None) -> float:
+        """Return how many times `reference_seconds` a step has, 1 when None: a moving average is scaled by it.
+
+        A decay rho that is right for the reference becomes rho ** times, so that it forgets as fast over the audio.
+        Source: How to Scale Your EMA, arXiv 2307.13813, the EMA scaling rule.
+        """
+        return 1.0 if reference_seconds is None else self.seconds_per_step / reference_seconds
+
     @property
     def micro_batch_seconds(self) -> float:
         """`max_seconds` as a number; with `auto` it is known after measuring (`harken.train.tune`)."""
@@ -196,12 +204,15 @@ class TrainConfig:
     """Times that a run goes back so before it ends with an error."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, used for validation and saved beside them; 0 is off."""
+    ema_reference_seconds: float | None = None
+    """Audio of the step that `ema_decay` is right for: with another `batch.seconds_per_step` the decay is raised to the
+    power of the quotient (arXiv 2307.13813). None takes it as it is."""
 
     def __post_init__(self) -> None:
         check_numbers(
             self,
             "train",
-            positive=("steps", "valid_every_steps"),
+            positive=("steps", "valid_every_steps", "ema_reference_seconds"),
             not_negative=("init_fresh_blocks", "clip_norm", "patience", "max_skipped_steps", "max_rollbacks"),
             shares=("ema_decay",),
         )

@@ -210,7 +210,7 @@ class Hubert(Objective):
         return 2.0 * frames * own.code_dim * (self.heads * self.backbone.dim + classes)
 
     def _label_perplexity(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the perplexity of labels `(N, C)`, a mean over codebooks, times N, and N: near 1 they teach nothing."""
+        """Return the perplexity of labels `(N, C)`, a mean over codebooks, times N, and N."""
         classes = self.config.classes
         each = [codebook_use(labels[:, i, None].long(), size)[1] for i, size in enumerate(classes)]
         count = each[0].new_tensor(float(len(labels)))

@@ -161,7 +161,7 @@ def probe_ranks(model: nn.Module, batch: Batch) -> dict[str, float]:
     backbone = model.get_submodule("backbone")
     frontend = backbone.get_submodule("frontend")
     seen: list[tuple[Tensor, Tensor]] = []
-    hook = frontend.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = frontend.register_forward_hook(lambda *call: seen.append(call[2]))
     training = model.training
     model.eval()
     try:

@@ -48,8 +48,9 @@ def roll_back(
     trouble: str,
     newest: int,
 ) -> None:
-    """Load the newest checkpoint of at most step `newest`, from before `trouble`, and keep the place in the data; every rank calls it.
+    """Load the newest checkpoint of at most step `newest`, and keep the place in the data; every rank calls it.
 
+    newest: the last step before the trouble. trouble: what to tell of it.
     The steps since that checkpoint are taken again, at their learning rates, with the samples that come next: those
     seen since the checkpoint are not seen again before the next epoch. `state` is changed in place.
     Raises HarkenError, on every rank, after `train.max_rollbacks`, or when no checkpoint is left to go back to.
@@ -84,7 +85,10 @@ def roll_back(
 
 
 def _find(checkpoints: Checkpoints, state: TrainState, newest: int) -> str:
-    """Return the newest checkpoint of at most step `newest` to go back to; one that led here without a single step is not tried again."""
+    """Return the newest checkpoint of at most step `newest` to go back to.
+
+    One that led here without a single step is not tried again.
+    """
     if state.rolled_back_to is not None:
         newest = min(newest, state.rolled_back_to - 1)
     names = (name for name in reversed(checkpoints.names()) if checkpoint_step(name) <= newest)
