@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def overflow(monkeypatch) -> None:
     def forward(self, batch):
         loss = before(self, batch)
         if self.training and next(calls) % 16 < 8:  # every other step of eight micro-batches
-            loss.total = loss.total * float("inf")
+            loss = replace(loss, total=loss.total * float("inf"))
         return loss
 
     monkeypatch.setattr(Hubert, "forward", forward)
