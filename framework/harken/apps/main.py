@@ -30,6 +30,7 @@ VERBS = {
     "job": "what a job runs: has a command save when Slurm warns, requeues it",
     "parallel": "run a verb over the nodes of a job, a process each GPU",
     "preflight": "check that the nodes of a job can train together",
+    "compare": "tell whether a run follows a reference",
     "report": "write one HTML page about an experiment",
     "doctor": "versions, devices, what is missing and how to install it",
 }

@@ -160,6 +160,14 @@ class BatchConfig:
         """Micro-batches of a step over all ranks."""
         return max(1, round(self.seconds_per_step / self.micro_batch_seconds))
 
+    def times(self, reference_seconds: float | None) -> float:
+        """Return how many times `reference_seconds` a step has, 1 when None: a moving average is scaled by it.
+
+        A decay rho that is right for the reference becomes rho ** times, so that it forgets as fast over the audio.
+        Source: How to Scale Your EMA, arXiv 2307.13813, the EMA scaling rule.
+        """
+        return 1.0 if reference_seconds is None else self.seconds_per_step / reference_seconds
+
     @property
     def micro_batch_seconds(self) -> float:
         """`max_seconds` as a number; with `auto` it is known after measuring (`harken.train.tune`)."""
@@ -196,12 +204,15 @@ class TrainConfig:
     """Times that a run goes back so before it ends with an error."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, used for validation and saved beside them; 0 is off."""
+    ema_reference_seconds: float | None = None
+    """Audio of the step that `ema_decay` is right for: with another `batch.seconds_per_step` the decay is raised to the
+    power of the quotient (arXiv 2307.13813). None takes it as it is."""
 
     def __post_init__(self) -> None:
         check_numbers(
             self,
             "train",
-            positive=("steps", "valid_every_steps"),
+            positive=("steps", "valid_every_steps", "ema_reference_seconds"),
             not_negative=("init_fresh_blocks", "clip_norm", "patience", "max_skipped_steps", "max_rollbacks"),
             shares=("ema_decay",),
         )
@@ -287,6 +298,36 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """When a run that goes on without an error is held to have failed (`harken.train.health`), and what then."""
+
+    action: Literal["warn", "stop", "roll_back"] = "warn"
+    """What an alarm does besides telling: nothing; end the run with an error; go back to the newest checkpoint from
+    before it, on with the data after it, at most `train.max_rollbacks` times."""
+    records: int = 3
+    """Bad records of the log in a row, of training or of validation, at which an alarm rings."""
+    after_steps: int = 1000
+    """Steps before which only the labels are judged: CTC begins with blanks alone, fp16 by finding its loss scale."""
+    min_perplexity: float = 2.0
+    """Least perplexity of the codes or labels of a batch, a mean over codebooks; 1 is a single one."""
+    min_rank: float = 1.5
+    """Least effective rank of the frontend's and the encoder's outputs on the probe batch; 1 is a single direction."""
+    max_skipped_share: float = 0.2
+    """Largest share of the steps since the last record that were skipped because their gradient was not finite."""
+    max_blank_share: float = 0.999
+    """Largest share of frames whose most probable token is CTC's blank."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "health",
+            positive=("records",),
+            not_negative=("after_steps", "min_perplexity", "min_rank"),
+            shares=("max_skipped_share", "max_blank_share"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a run."""
 
@@ -314,6 +355,8 @@ class RunConfig:
     """When to save and what to keep."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is written while training."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """When an alarm rings, and what it does."""
 
     def __post_init__(self) -> None:
         rate = getattr(self.frontend, "sample_rate", self.data.sample_rate)

@@ -52,6 +52,9 @@ class Data2vecConfig(SlotConfig):
     """The decay after `ema_steps`. The paper's tau_e; fairseq `ema_end_decay`."""
     ema_steps: int = 30000
     """Steps in which the decay rises linearly. The paper's tau_n; fairseq `ema_anneal_end_step`."""
+    ema_reference_seconds: float | None = None
+    """Audio of the step that these three are right for: with another `batch.seconds_per_step` the decay is raised to
+    the power of the quotient, and a step counts for as many of `ema_steps` (arXiv 2307.13813). None scales nothing."""
     min_target_deviation: float = 0.1
     """The run ends when the targets' deviation over frames falls below. fairseq `min_target_var`."""
     min_prediction_deviation: float = 0.01
@@ -63,15 +66,22 @@ class Data2vecConfig(SlotConfig):
         check_numbers(
             self,
             "objective",
-            positive=("mask_probability", "mask_length", "top_layers", "loss_scale", "ema_steps"),
+            positive=(
+                "mask_probability",
+                "mask_length",
+                "top_layers",
+                "loss_scale",
+                "ema_steps",
+                "ema_reference_seconds",
+            ),
             not_negative=("beta", "min_target_deviation", "min_prediction_deviation", "collapse_after_steps"),
             shares=("mask_probability", "ema_start", "ema_end"),
         )
 
-    def decay(self, step: int) -> float:
-        """Return the teacher's decay after optimiser step `step`."""
-        done = min(1.0, step / self.ema_steps)
-        return self.ema_end - (self.ema_end - self.ema_start) * (1.0 - done)
+    def decay(self, step: int, times: float = 1.0) -> float:
+        """Return the teacher's decay after optimiser step `step`; times: see `BatchConfig.times`."""
+        done = min(1.0, step * times / self.ema_steps)
+        return (self.ema_end - (self.ema_end - self.ema_start) * (1.0 - done)) ** times
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,13 @@ class Data2vec(Objective):
                 "`engine.zero_stage: 3` does not keep: use stage 0, 1 or 2"
             )
         self.config, self.backbone = config, backbone
+<<<<<<< HEAD
         self.width = self.head(run)
+=======
+        self.times = run.batch.times(config.ema_reference_seconds)
+        self.mask = _mask(config)
+        self.project = nn.Linear(backbone.dim, backbone.dim)
+>>>>>>> p-health
         self.teacher = Teacher(backbone.encoder, config.top_layers, config.targets)
         self.scale = self.width**-0.5 if config.loss_scale is None else config.loss_scale
         self._moments: Tensor | None = None  # of this rank's frames since the last step
@@ -147,8 +163,13 @@ class Data2vec(Objective):
         if self.training:
             self._moments = moments if self._moments is None else self._moments + moments
         spread = _deviation(moments).to(total.dtype)
+<<<<<<< HEAD
         decay = self.config.decay(int(current_step()))
         return {
+=======
+        decay = self.config.decay(int(current_step()), self.times)
+        metrics: Metrics = {
+>>>>>>> p-health
             "loss": (total.detach(), count),
             "target_deviation": (spread[0] * count, count),
             "prediction_deviation": (spread[1] * count, count),
@@ -160,7 +181,7 @@ class Data2vec(Objective):
 
         Raises HarkenError, on every rank, when targets or predictions no longer differ from frame to frame.
         """
-        self.teacher.update(self.backbone.encoder, self.config.decay(step))
+        self.teacher.update(self.backbone.encoder, self.config.decay(step, self.times))
         if step > self.config.collapse_after_steps and step % CHECK_EVERY == 0:
             self._check_spread(step)
         self._moments = None

@@ -27,6 +27,7 @@ from harken.nn.unit_heads import HeadKind, UnitHead, unit_logits
 from harken.objectives.base import Objective
 from harken.units.alignment import UnitReader
 from harken.units.coverage import check_same_units
+from harken.units.random_projection import codebook_use
 from harken.units.store import LabelStore
 
 
@@ -175,6 +176,8 @@ class Hubert(Objective):
         total = frames.new_zeros((), dtype=torch.float32)
         for where, weight in (("masked", self.config.masked_weight), ("unmasked", self.config.unmasked_weight)):
             index = batch.targets[where]
+            if where == "masked":
+                metrics["label_perplexity"] = self._label_perplexity(labels[index])
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
                 picked = {layer: output[index] for layer, output in outputs.items()}
                 loss = self._predict(picked, labels[index], where, metrics)
@@ -190,6 +193,7 @@ class Hubert(Objective):
         """Count the projections and the similarities, for masked and unmasked frames together."""
         return frames * self.flops_per_frame
 
+<<<<<<< HEAD
     def _make_head(self, books: tuple[int, ...]) -> UnitHead:
         own = self.config
         classes = tuple(own.classes[book] for book in books)
@@ -230,4 +234,24 @@ class Hubert(Objective):
             for layer, (right, books) in hits.items():
                 metrics[f"loss_layer{layer}"] = (losses[layer].detach(), count)
                 metrics[f"accuracy_masked_layer{layer}"] = (right, count * books)
+=======
+    def _label_perplexity(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the perplexity of labels `(N, C)`, a mean over codebooks, times N, and N."""
+        classes = self.config.classes
+        each = [codebook_use(labels[:, i, None].long(), size)[1] for i, size in enumerate(classes)]
+        count = each[0].new_tensor(float(len(labels)))
+        return torch.stack(each).mean() * count, count
+
+    def _predict(self, x: Tensor, labels: Tensor, where: str, metrics: Metrics) -> Tensor:
+        """Return the summed cross entropy of frames `(N, D)` with labels `(N, C)`; record its mean and the accuracy."""
+        projected = self.project(x).unflatten(-1, (self.heads, -1)).expand(-1, len(self.config.classes), -1)
+        losses, hits = [], []
+        for codebook, logits in enumerate(self.codes(projected)):
+            losses.append(functional.cross_entropy(logits, labels[:, codebook].long(), reduction="sum"))
+            hits.append((logits.detach().argmax(-1) == labels[:, codebook]).sum())
+        loss = torch.stack(losses).sum()
+        count = loss.new_tensor(float(len(x)))
+        metrics["loss" if where == "masked" else "loss_unmasked"] = (loss.detach(), count)
+        metrics[f"accuracy_{where}"] = (torch.stack(hits).sum().float(), count * len(losses))
+>>>>>>> p-health
         return loss

@@ -259,7 +259,8 @@ class Wav2vec2(Objective):
         else:
             own = perplexity(sums / counts.clamp(min=1)[:, None, None])
             diversity = ((size - own) / size * counts).sum()
-        return diversity, {"code_perplexity": code_perplexity, "prob_perplexity": prob_perplexity}
+        health = {"code_perplexity": code_perplexity, "prob_perplexity": prob_perplexity}
+        return diversity, {**health, "codebook_perplexity": code_perplexity / self.config.groups}
 
     def frontend_flops(self, samples: int) -> float:
         """Count the frontend twice where the targets are made of another view."""

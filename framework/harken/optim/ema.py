@@ -12,11 +12,12 @@ from torch import Tensor, nn
 class WeightAverage:
     """Keeps `decay * average + (1 - decay) * weight` of every parameter in float32.
 
-    The decay is lowered to (1 + n) / (10 + n) in the first updates n, so that the start is forgotten.
+    The decay is lowered to (1 + n) / (10 + n) in the first updates n, so that the start is forgotten. times: how many
+    times the reference's step one has (`BatchConfig.times`); an update then counts for as many.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, times: float = 1.0) -> None:
+        self.decay, self.times = decay, times
         self.updates = 0
         self.average = {name: parameter.detach().clone().float() for name, parameter in model.named_parameters()}
 
@@ -24,7 +25,8 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the weights."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        counted = self.updates * self.times
+        decay = min(self.decay, (1 + counted) / (10 + counted)) ** self.times
         averages = list(self.average.values())
         torch._foreach_lerp_(
             averages, [parameter.detach().float() for _, parameter in model.named_parameters()], 1 - decay

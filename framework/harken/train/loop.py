@@ -22,12 +22,17 @@ from harken.optim.ema import WeightAverage
 from harken.optim.groups import RateScale, set_rates
 from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
+from harken.train.health import Trouble, Watch, probe_ranks
 from harken.train.log import RunLog, say
 from harken.train.metrics import Meter
 from harken.train.nonfinite import name_skipped
 from harken.train.passes import StepRunner
+<<<<<<< HEAD
 from harken.train.profile import Profile
 from harken.train.rollback import due, roll_back
+=======
+from harken.train.rollback import due, roll_back, skipped
+>>>>>>> p-health
 from harken.train.shrink import shrink
 from harken.train.signals import StopRequest
 from harken.train.speed import Speedometer
@@ -63,6 +68,8 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     stop: StopRequest = field(default_factory=StopRequest)
     weights_lost: bool = False
+    trouble: Trouble | None = None
+    """An alarm that asks for a rollback, until it is made."""
     rate: float = 0.0
     """Learning rate of the last step, before `rate_scale`."""
 
@@ -85,8 +92,8 @@ def train(run: Run) -> str:
         run.profile.end(state.step)
         state.wall_seconds = wall_before + time.perf_counter() - started
         if due(config.train, state, weights_lost=run.weights_lost):
-            roll_back(run.checkpoints, run.engine, run.average, state)
-            run.meter, run.weights_lost, first_step = Meter(), False, min(first_step, state.step)
+            _back(run, *skipped(state))
+            first_step = min(first_step, state.step)
             continue
         if state.step % config.log.every_steps == 0 or state.step == config.train.steps:
             left = (time.perf_counter() - started) / (state.step - first_step) * (config.train.steps - state.step)
@@ -97,6 +104,11 @@ def train(run: Run) -> str:
             state.step % config.train.valid_every_steps == 0 or state.step == config.train.steps
         ):
             score, give_up = _validate(run)
+        if run.trouble is not None:
+            _back(run, run.trouble.text, run.trouble.since)
+            first_step = min(first_step, state.step)
+            run.speed.excluded += time.perf_counter() - excluded
+            continue
         run.stop.received |= run.checkpoints.failed  # the save below then tells every rank why
         stopping = run.stop.agreed()
         save_due |= state.step % config.checkpoint.every_steps == 0
@@ -140,6 +152,29 @@ def rehearse(run: Run) -> None:
         raise HarkenError(f"`checkpoint.metric` must be one of {', '.join(figures)}, got `{metric}`")
 
 
+def _back(run: Run, trouble: str, newest: int) -> None:
+    """Go back to a checkpoint of at most step `newest`."""
+    roll_back(run.checkpoints, run.engine, run.average, run.state, trouble, newest)
+    run.meter, run.weights_lost, run.trouble = Meter(), False, None
+
+
+def _watch(run: Run, kind: str, figures: dict[str, float]) -> None:
+    """Tell the alarms that ring, and do what `health.action` says; every rank calls it.
+
+    Raises HarkenError, on every rank, where an alarm is to end the run.
+    """
+    for trouble in Watch(run.config.health).look(kind, figures, run.state):
+        if run.config.health.action == "stop":
+            raise HarkenError(
+                f"{trouble.text}; `health.action: stop` ends the run: the same command goes on from its last "
+                f"checkpoint, which may be from after step {trouble.since}"
+            )
+        if run.config.health.action == "roll_back":
+            run.trouble = run.trouble or trouble
+        else:
+            say(f"WARNING {trouble.text}")
+
+
 def take_step(run: Run, step: Step) -> bool:
     """Run this rank's batches of a step and the optimiser; the gradient is that of the mean over all targets."""
     config, state = run.config, run.state
@@ -168,6 +203,7 @@ def take_step(run: Run, step: Step) -> bool:
         learned = [(done.batch, done.total) for done in passes.done]
         learned = learned or [(step.idle[0], torch.zeros(()))]  # every rank looks into a batch
         run.weights_lost = name_skipped(run.engine, config.seed, state.step, *zip(*learned, strict=True))
+    run.meter.add({"skipped_share": (torch.tensor(float(not applied)), torch.ones(()))})
     return applied
 
 
@@ -228,6 +264,9 @@ def _log(run: Run, left: float) -> None:
         hours=run.state.seconds / 3600,
         wall=run.state.wall_seconds,
     )
+    _watch(run, "train", figures)
+    if not figures.get("skipped_share"):
+        figures.pop("skipped_share", None)  # the line tells of skipped steps when there are any
     run.log.line("train", run.state.step, figures, left)
 
 
@@ -240,8 +279,10 @@ def _validate(run: Run) -> tuple[float, bool]:
     else:
         figures, notes = validate(run.engine, run.valid)
     _name(run, notes, " in validation")
+    figures |= probe_ranks(run.engine.model, run.valid.first())
     run.log.write("valid", run.state.step, figures)
     run.log.line("valid", run.state.step, figures)
+    _watch(run, "valid", figures)
     metric, state, keep = run.config.checkpoint.metric, run.state, run.config.checkpoint
     score = figures[metric]
     if not math.isfinite(score):

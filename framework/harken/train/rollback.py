@@ -34,23 +34,36 @@ def due(config: TrainConfig, state: TrainState, *, weights_lost: bool) -> bool:
     return weights_lost or 0 < config.max_skipped_steps <= state.skipped_in_a_row
 
 
-def roll_back(checkpoints: Checkpoints, engine: Engine, average: WeightAverage | None, state: TrainState) -> None:
-    """Load the newest checkpoint from before the skipped steps, and keep the place in the data; every rank calls it.
+def skipped(state: TrainState) -> tuple[str, int]:
+    """Return what to tell of the steps that were skipped up to now, and the step before the first of them."""
+    count = state.skipped_in_a_row
+    return f"{count} steps in a row up to step {state.step} could not be taken", state.step - count
 
+
+def roll_back(
+    checkpoints: Checkpoints,
+    engine: Engine,
+    average: WeightAverage | None,
+    state: TrainState,
+    trouble: str,
+    newest: int,
+) -> None:
+    """Load the newest checkpoint of at most step `newest`, and keep the place in the data; every rank calls it.
+
+    newest: the last step before the trouble. trouble: what to tell of it.
     The steps since that checkpoint are taken again, at their learning rates, with the samples that come next: those
     seen since the checkpoint are not seen again before the next epoch. `state` is changed in place.
     Raises HarkenError, on every rank, after `train.max_rollbacks`, or when no checkpoint is left to go back to.
     """
     progress.note("roll back")
     limit, failed = checkpoints.config.train.max_rollbacks, state.step
-    trouble = f"{state.skipped_in_a_row} steps in a row up to step {failed} could not be taken"
     if state.rollbacks >= limit:
         raise HarkenError(
             f"{trouble}, after {state.rollbacks} rollbacks (`train.max_rollbacks`): {ADVICE}, "
             "then the same command goes on; nothing was saved since"
         )
     checkpoints.wait()  # the newest may still be on its way to the disk
-    name = distributed.broadcast_text(_find(checkpoints, state) if distributed.is_main() else "")
+    name = distributed.broadcast_text(_find(checkpoints, state, newest) if distributed.is_main() else "")
     if not name:
         raise HarkenError(
             f"{trouble}, and {checkpoints.root} holds no whole, finite checkpoint from before to go back to: "
@@ -60,7 +73,7 @@ def roll_back(checkpoints: Checkpoints, engine: Engine, average: WeightAverage |
     checkpoints.load(checkpoints.root / name, engine, average)
     state.step, state.rolled_back_to = saved.step, saved.step
     state.best_score, state.validations_without_best = saved.best_score, saved.validations_without_best
-    state.skipped_in_a_row = 0
+    state.skipped_in_a_row, state.bad_records = 0, {}
     state.rollbacks += 1
     if distributed.is_main():
         _set_aside(checkpoints, saved.step)
@@ -71,9 +84,11 @@ def roll_back(checkpoints: Checkpoints, engine: Engine, average: WeightAverage |
     )
 
 
-def _find(checkpoints: Checkpoints, state: TrainState) -> str:
-    """Return the newest checkpoint to go back to; one that led here without a single step is not tried again."""
-    newest = state.step - state.skipped_in_a_row
+def _find(checkpoints: Checkpoints, state: TrainState, newest: int) -> str:
+    """Return the newest checkpoint of at most step `newest` to go back to.
+
+    One that led here without a single step is not tried again.
+    """
     if state.rolled_back_to is not None:
         newest = min(newest, state.rolled_back_to - 1)
     names = (name for name in reversed(checkpoints.names()) if checkpoint_step(name) <= newest)

@@ -252,7 +252,7 @@ def _average(config: RunConfig, model: nn.Module) -> WeightAverage | None:
             "`train.ema_decay` needs whole weights on each rank, which `engine.zero_stage: 3` does not keep: "
             "use stage 0, 1 or 2"
         )
-    return WeightAverage(model, config.train.ema_decay)
+    return WeightAverage(model, config.train.ema_decay, config.batch.times(config.train.ema_reference_seconds))
 
 
 def _resume(

@@ -18,6 +18,7 @@ class TrainState:
     step is taken. cuts_read: over all ranks and epochs. noted: {kind: {cut id: reason}} of cuts that were replaced or
     left out. best_score: the best finite validation score so far. validations_without_best: since then. fingerprint:
     what the targets are made of. seconds_by_source: audio of each source of a mixture. limits: of batches.
+    bad_records: of the log in a row, by kind and alarm: the step of the first, and how many.
     There is no random state in it: every draw is a function of the seed and the position.
     """
 
@@ -36,6 +37,7 @@ class TrainState:
     validations_without_best: int = 0
     fingerprint: dict[str, str] = field(default_factory=dict)
     seconds_by_source: dict[str, float] = field(default_factory=dict)
+    bad_records: dict[str, list[int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""

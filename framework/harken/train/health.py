@@ -1,0 +1,182 @@
+"""Alarms: what the figures of a run say about it once training has gone wrong without an error.
+
+An alarm reads metrics by name, whichever objective reports them, so a new objective has it by reporting the metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from harken.config.schema import HealthConfig
+from harken.core import distributed
+from harken.core.batch import Batch
+from harken.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A failure with a name. metric: of the log. limit: the field of `health` it is held against.
+
+    above: whether the metric fails above its limit rather than below. at_start: whether the first `health.after_steps`
+    count, in which some figures of sound runs look like failures. meaning, advice: what the user is told.
+    """
+
+    name: str
+    metric: str
+    limit: str
+    meaning: str
+    advice: str
+    above: bool = False
+    at_start: bool = False
+
+    def wrong(self, value: float, config: HealthConfig) -> bool:
+        """Whether a figure is beyond its limit; one that is not a number is not: skipped steps speak for it."""
+        limit = float(getattr(config, self.limit))
+        return value > limit if self.above else value < limit
+
+
+ALARMS = (
+    Alarm(
+        name="codebook collapse",
+        metric="codebook_perplexity",
+        limit="min_perplexity",
+        meaning="nearly all frames have the same code, so predicting it teaches nothing",
+        advice="lower `schedule.peak`, lengthen the warm-up, or raise the weight of the diversity loss",
+    ),
+    Alarm(
+        name="labels degenerate",
+        metric="label_perplexity",
+        limit="min_perplexity",
+        meaning="nearly all frames have the same label, so predicting it teaches nothing",
+        advice="look at the labels with `harken units check`; label again from another layer or with more clusters",
+        at_start=True,
+    ),
+    Alarm(
+        name="frontend collapsed",
+        metric="rank_frontend",
+        limit="min_rank",
+        meaning="the frontend's frames of the probe batch hardly differ, so the encoder hears nothing",
+        advice="look for silent or constant audio with `harken data verify`; lower the frontend's rate in "
+        "`train.rate_scales`, or lengthen the warm-up",
+    ),
+    Alarm(
+        name="encoder collapsed",
+        metric="rank_encoder",
+        limit="min_rank",
+        meaning="the encoder's outputs of the probe batch hardly differ from frame to frame",
+        advice="lower `schedule.peak` or lengthen the warm-up",
+    ),
+    Alarm(
+        name="loss scale loop",
+        metric="skipped_share",
+        limit="max_skipped_share",
+        meaning="so many steps are skipped, their gradient not finite, that the loss scale rises only to fall again",
+        advice="use `engine.precision: bf16`, lower `schedule.peak`, or look at the cuts that the warnings name",
+        above=True,
+    ),
+    Alarm(
+        name="CTC blank only",
+        metric="blank_share",
+        limit="max_blank_share",
+        meaning="the model writes nothing: the most probable token of nearly every frame is the blank",
+        advice="train longer or raise the rate where the loss still falls; else check that transcripts belong to "
+        "their cuts (`harken data check`) and that the encoder's weights were loaded (`train.init_from`)",
+        above=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """An alarm that rings. since: the step of the last record before the first bad one. text: what to tell."""
+
+    alarm: Alarm
+    since: int
+    text: str
+
+
+class Watch:
+    """Holds each record of the log against the alarms; every rank sees the same figures and decides the same."""
+
+    def __init__(self, config: HealthConfig) -> None:
+        self.config = config
+
+    def look(self, kind: str, figures: Mapping[str, float], state: TrainState) -> list[Trouble]:
+        """Return the alarms that ring at a record of a kind (`train` or `valid`).
+
+        One rings at the `health.records`-th bad record in a row, and again only after a good one. What is counted is
+        kept in `state.bad_records`, so that a run that continues counts on.
+        """
+        troubles = []
+        for alarm in ALARMS:
+            if alarm.metric not in figures:
+                continue
+            key = f"{kind}: {alarm.name}"
+            value = figures[alarm.metric]
+            early = not alarm.at_start and state.step <= self.config.after_steps
+            if early or not alarm.wrong(value, self.config):
+                state.bad_records.pop(key, None)
+                continue
+            first, count = state.bad_records.get(key, [state.step, 0])
+            state.bad_records[key] = [first, count + 1]
+            if count + 1 == self.config.records:
+                troubles.append(Trouble(alarm, first - 1, self._tell(alarm, kind, value, first, state.step)))
+        return troubles
+
+    def _tell(self, alarm: Alarm, kind: str, value: float, first: int, step: int) -> str:
+        limit = getattr(self.config, alarm.limit)
+        expected = f"{'at most' if alarm.above else 'at least'} `health.{alarm.limit}` {limit:g}"
+        return (
+            f"alarm `{alarm.name}` at step {step}: {alarm.meaning} (`{alarm.metric}` in {self.config.records} "
+            f"{kind} record(s) since step {first}, now {value:.4g}, expected {expected}); {alarm.advice}"
+        )
+
+
+def effective_rank(x: Tensor) -> float:
+    """Return how many directions the rows of `(N, D)` fill, from 1 to min(N, D): exp of the singular values' entropy.
+
+    Rows are taken from their mean, which the paper does not: a direction that all frames share tells none apart, and
+    would hide a collapse or look like one. Rows that are equal up to rounding have rank 1.
+    Source: RankMe, arXiv 2210.02885 equation 1.
+    """
+    x = x.detach().double()
+    centred = x - x.mean(0)
+    if float(centred.norm()) <= 1e-5 * float(x.norm()):  # float32 keeps seven digits: what is left is rounding
+        return 1.0
+    short = centred.T @ centred if x.shape[0] > x.shape[1] else centred @ centred.T
+    singular = torch.linalg.eigvalsh(short).clamp(min=0).sqrt()
+    shares = singular / singular.sum()
+    return float((-torch.xlogy(shares, shares).sum()).exp())
+
+
+def probe_ranks(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """Return the effective rank of a model's frontend and encoder on a fixed batch without masks, a mean over ranks.
+
+    Every rank calls it, with a batch of its own; the model needs a `backbone` (`harken.objectives.base.Objective`).
+    """
+    backbone = model.get_submodule("backbone")
+    frontend = backbone.get_submodule("frontend")
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = frontend.register_forward_hook(lambda *call: seen.append(call[2]))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            encoded = backbone(batch.inputs.to(next(model.parameters()).device), batch.lengths)
+    finally:
+        hook.remove()
+        model.train(training)
+    outputs = {"rank_frontend": seen[0], "rank_encoder": (encoded.last, encoded.lengths)}
+    ranks = [effective_rank(_real(*output)) for output in outputs.values()]
+    sums = distributed.sum_over_ranks(ranks)
+    return {name: total / distributed.world_size() for name, total in zip(outputs, sums, strict=True)}
+
+
+def _real(frames: Tensor, lengths: Tensor) -> Tensor:
+    """Return the frames of `(B, T, D)` that are no padding as `(N, D)`."""
+    places = torch.arange(frames.shape[1])[None] < lengths.cpu()[:, None]
+    return frames[places.to(frames.device)]

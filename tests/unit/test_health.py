@@ -1,0 +1,170 @@
+"""Alarms: each is rung by the failure it is named after, none by a sound run; what they do; effective rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from harken.config.schema import HealthConfig
+from harken.objectives.ctc import Ctc
+from harken.objectives.hubert import Hubert
+from harken.train import loop
+from harken.train.health import ALARMS, Watch, effective_rank
+from harken.train.state import TrainState
+from harken.units.product_quantizer import ProductQuantizer
+
+EAGER = ("health.after_steps=0", "health.records=2", "log.every_steps=1", "train.valid_every_steps=1")
+
+
+def rows(exp: Path, kind: str) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.mark.parametrize("objective", ["hubert", "wav2vec2", "data2vec"])
+def test_no_alarm_rings_in_a_sound_run(train, corpus, tmp_path: Path, objective: str) -> None:
+    status, out, error = train(objective, *EAGER, f"data.valid={corpus.valid}", steps=4)
+    assert status == 0, error
+    assert "alarm" not in out
+    found = rows(tmp_path / "exp", "valid")
+    assert len(found) == 4
+    assert all(1.5 < row["rank_frontend"] <= 24 and 1.5 < row["rank_encoder"] <= 32 for row in found)
+
+
+def constant_frontend(monkeypatch) -> None:
+    from harken.frontends.filterbank import Filterbank
+
+    before = Filterbank.forward
+
+    def forward(self, *args, **more):
+        frames, lengths = before(self, *args, **more)
+        return 0.0 * frames + 3.0, lengths
+
+    monkeypatch.setattr(Filterbank, "forward", forward)
+
+
+def one_label(monkeypatch) -> None:
+    from harken.objectives.hubert import HubertPrepare
+
+    before = HubertPrepare.__call__
+
+    def call(self, batch, draws):
+        batch = before(self, batch, draws)
+        batch.targets["labels"].zero_()
+        return batch
+
+    monkeypatch.setattr(HubertPrepare, "__call__", call)
+
+
+def one_code(monkeypatch) -> None:
+    before = ProductQuantizer.__init__
+
+    def init(self, *args, **more):
+        before(self, *args, **more)
+        with torch.no_grad():
+            self.logits.weight.zero_()
+            self.logits.bias.zero_()
+            self.logits.bias[:: self.entries] = 50.0
+
+    monkeypatch.setattr(ProductQuantizer, "__init__", init)
+
+
+def blanks(monkeypatch) -> None:
+    before = Ctc.__init__
+
+    def init(self, *args, **more):
+        before(self, *args, **more)
+        with torch.no_grad():
+            self.head.bias[0] = 50.0
+
+    monkeypatch.setattr(Ctc, "__init__", init)
+
+
+def overflow(monkeypatch) -> None:
+    before = Hubert.forward
+    calls = iter(range(10**6))
+
+    def forward(self, batch):
+        loss = before(self, batch)
+        if self.training and next(calls) % 16 < 8:  # every other step of eight micro-batches
+            loss = replace(loss, total=loss.total * float("inf"))
+        return loss
+
+    monkeypatch.setattr(Hubert, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "break_it", "more"),
+    [
+        ("frontend collapsed", "hubert", constant_frontend, ()),
+        ("labels degenerate", "hubert", one_label, ()),
+        ("codebook collapse", "wav2vec2", one_code, ()),
+        ("CTC blank only", "ctc", blanks, ()),
+        ("loss scale loop", "hubert", overflow, ("log.every_steps=2",)),
+    ],
+)
+def test_each_failure_rings_its_alarm_within_four_steps(
+    train, corpus, monkeypatch, name: str, objective: str, break_it, more: tuple[str, ...]
+) -> None:
+    break_it(monkeypatch)
+    status, out, error = train(
+        objective, *EAGER, f"data.valid={corpus.valid}", "data.workers=0", "schedule.rate=1e-6", *more, steps=4
+    )
+    assert status == 0, error
+    assert f"WARNING alarm `{name}` at step " in out, out
+    assert next(alarm.advice for alarm in ALARMS if alarm.name == name) in out
+
+
+def test_a_collapsed_encoder_rings_its_alarm(train, corpus, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "probe_ranks", lambda model, batch: {"rank_frontend": 9.0, "rank_encoder": 1.1})
+    _, out, _ = train("hubert", *EAGER, f"data.valid={corpus.valid}", steps=2)
+    assert "WARNING alarm `encoder collapsed` at step 2" in out
+    assert "`rank_encoder` in 2 valid record(s) since step 1, now 1.1, expected at least `health.min_rank` 1.5" in out
+
+
+def test_an_alarm_ends_the_run_where_asked(train, monkeypatch) -> None:
+    one_label(monkeypatch)
+    status, _, error = train("hubert", *EAGER, "data.workers=0", "health.action=stop", steps=4)
+    assert status == 2
+    assert "alarm `labels degenerate` at step 2: nearly all frames have the same label" in error
+    assert "`health.action: stop` ends the run" in error
+
+
+def test_an_alarm_rolls_back_to_before_it(train, corpus, monkeypatch, tmp_path: Path) -> None:
+    found = iter([9.0, 9.0, 1.1, 1.1, 9.0, 9.0, 9.0, 9.0])
+    monkeypatch.setattr(loop, "probe_ranks", lambda model, batch: {"rank_frontend": 9.0, "rank_encoder": next(found)})
+    more = (f"data.valid={corpus.valid}", "health.action=roll_back", "checkpoint.keep_last=9")
+    status, out, error = train("hubert", *EAGER, *more, steps=5)
+    assert status == 0, error
+    assert "rolled back to" in out
+    assert "step-00000002 (1 of at most 3 times); steps 3 to 4 are taken again" in out
+    assert [row["step"] for row in rows(tmp_path / "exp", "valid")] == [1, 2, 3, 4, 3, 4, 5]
+
+
+def test_what_an_alarm_counts_is_in_a_row_and_kept() -> None:
+    watch, state = Watch(HealthConfig(records=2, after_steps=1)), TrainState()
+    found = []
+    for step, value in enumerate([1.0, 1.0, 5.0, 1.0, 1.0, 1.0, float("nan"), 1.0], start=1):
+        state.step = step
+        found += [(step, trouble.since) for trouble in watch.look("train", {"codebook_perplexity": value}, state)]
+        state = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
+    assert found == [(5, 3)]
+
+
+def test_effective_rank_from_known_spectra() -> None:
+    axes = torch.eye(8)[:4]
+    even = torch.cat([axes, -axes]) + 7.0  # a mean that all share is no direction
+    assert effective_rank(even) == pytest.approx(4.0, rel=1e-6)
+    assert effective_rank(torch.cat([even, torch.zeros(8, 8)], 1)) == pytest.approx(
+        4.0, rel=1e-6
+    )  # fewer rows than columns
+    assert effective_rank(torch.full((50, 8), 0.1)) == 1.0
+    line = torch.linspace(-1, 1, 20)[:, None] * torch.ones(1, 8)
+    assert effective_rank(line) == pytest.approx(1.0, abs=1e-4)
+    skewed = torch.cat([3 * axes[:1], -3 * axes[:1], axes[1:2], -axes[1:2]])
+    share = torch.tensor([0.75, 0.25])
+    assert effective_rank(skewed) == pytest.approx(float((-(share * share.log()).sum()).exp()), rel=1e-6)
