@@ -13,9 +13,8 @@ HEAVY = {"torch", "numpy", "lhotse", "deepspeed", "omegaconf", "transformers", "
 
 def imported(code: str) -> set[str]:
     """Return the names of the modules that a fresh interpreter has after `code`, beyond those of its own start."""
-    program = (
-        f"import sys; before = set(sys.modules)\n{code}\nimport json; print(json.dumps([*set(sys.modules) - before]))"
-    )
+    count = "names = [*set(sys.modules) - before]; import json; print(json.dumps(names))"
+    program = f"import sys; before = set(sys.modules)\n{code}\n{count}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
