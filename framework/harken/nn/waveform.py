@@ -15,9 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+# samples of a batch for each channel from which the products were measured faster; at 31 they take 1.3 times as long,
+# for reordering the kernels costs the same however short the audio is (docs/LOG.md)
+_ENOUGH = 400
+
 
 def pays(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Say whether these functions are to be used for an input: fp32 on a CPU, with a gradient of the weights alone.
+    """Say whether to use these functions for waveforms: long, fp32, on a CPU, with a gradient of the weights alone.
 
     Elsewhere torch's kernels are as fast, or not measured; without a gradient the plain layers can be exported.
     """
@@ -27,6 +31,8 @@ def pays(x: Tensor, weights: Sequence[Tensor]) -> bool:
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
     ):
+        return False
+    if x.numel() < _ENOUGH * len(weights[0]):
         return False
     # ZeRO 3 gathers a parameter when its own module is called, which these functions do not do
     usable = (weight.requires_grad and not hasattr(weight, "ds_id") for weight in weights)
@@ -122,9 +128,10 @@ class _GeluConvolution(torch.autograd.Function):
         ctx.stride = stride
         time = (x.shape[1] - weight.shape[2]) // stride + 1
         y = x.new_empty(len(x), time, len(weight))
+        parts = list(_parts(weight, stride))
         for row, out in zip(x, y, strict=True):
             active = functional.gelu(row)
-            for first, taps, kernel in _parts(weight, stride):
+            for first, taps, kernel in parts:
                 part = _windows(active, first, taps, stride, time)
                 torch.addmm(out, part, kernel, beta=0 if first == 0 else 1, out=out)
         return y
@@ -160,7 +167,7 @@ def _parts(weight: Tensor, stride: int) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _windows(x: Tensor, first: int, taps: int, stride: int, time: int) -> Tensor:
-    """Return the view `(time, taps * C)` of a contiguous `(T, C)`: row t holds `taps` frames from t * stride + first."""
+    """View a contiguous `(T, C)` as `(time, taps * C)`: row t holds `taps` frames from t * stride + first on."""
     channels = x.shape[1]
     offset = x.storage_offset() + first * channels
     return x.as_strided((time, taps * channels), (stride * channels, 1), offset)
