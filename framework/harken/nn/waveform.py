@@ -147,8 +147,10 @@ class _GeluConvolution(torch.autograd.Function):
         for row, above, out in zip(x, grad, grad_x, strict=True):
             active, below = functional.gelu(row), torch.zeros_like(row)
             for (first, taps, kernel), total in zip(parts, sums, strict=True):
-                total.addmm_(_windows(active, first, taps, stride, len(above)).T, above)
-                _windows(below, first, taps, stride, len(above)).addmm_(above, kernel.T)
+                # torch's counter of operations knows `addmm` and not `addmm_`
+                torch.addmm(total, _windows(active, first, taps, stride, len(above)).T, above, out=total)
+                into = _windows(below, first, taps, stride, len(above))
+                torch.addmm(into, above, kernel.T, out=into)
             torch.ops.aten.gelu_backward.grad_input(below, row, approximate="none", grad_input=out)
         channels = weight.shape[1]
         taps_first = torch.cat([total.view(-1, channels, len(weight)) for total in sums])
