@@ -106,3 +106,38 @@ def test_a_worker_that_ends_shows_what_it_printed(step, tmp_path) -> None:
             worker.ask("build")
     finally:
         worker.close()
+
+
+def test_speed_beside_harken_is_over_the_same_steps(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import train_step
+
+    taken = {
+        "harken": {"seconds": [1.0, 2.0, 4.0], "cpu_seconds": [1.0, 1.0, 1.0]},
+        "fairseq": {"seconds": [2.0, 3.0, 4.0], "cpu_seconds": [3.0, 3.0, 9.0]},
+    }
+    memory = {"harken": {"after_imports": 1 << 30, "peak": 3 << 30}, "fairseq": {"after_imports": 0, "peak": 4 << 30}}
+    found = train_step.summarise(taken, memory, audio_seconds=16.0, share=0.5)
+    assert found["fairseq"] == {
+        "audio_seconds_per_second": 16 / 3,
+        "mfu_percent": 100 * 0.5 / 3,
+        "peak_gib": 4.0,
+        "harken_is_faster": 1.5,
+        "harken_is_faster_cpu": 3.0,
+        "harken_takes_memory": 0.5,
+    }
+    assert "1.50" in train_step.table(found).splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_beside_what_is_installed(monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setenv("PYTHONPATH", str(BENCH.parents[1] / "framework"))
+    import train_step
+
+    missing = train_step.PACKAGES | {"fairseq": "no_such_toolkit"}
+    monkeypatch.setattr(train_step, "PACKAGES", missing)
+    assert train_step.main([*SMALL, "--peers", "harken", "hugging_face", "fairseq"]) == 0
+    said = capsys.readouterr().out
+    assert "left out: fairseq: no_such_toolkit is not installed" in said
+    assert "| hugging_face |" in said

@@ -50,6 +50,8 @@ class Options:
     attention: str
     layer_drop: float
     seed: int
+    compiled: bool = False
+    device: str = "cpu"
 
 
 class Peer(Protocol):
@@ -125,13 +127,17 @@ class Harken:
         from harken.engine.deepspeed import DeepSpeedEngine
         from harken.interop.hugging_face import weights_from_hugging_face
 
-        theirs = load_file(folder / "weights.safetensors")
-        head = {name: theirs.pop(name) for name in ("project.weight", "project.bias", "codes.embeddings")}
         model = build("objective", self.config.objective, run=self.config, backbone=build_backbone(self.config))
-        load_into(model, {**weights_from_hugging_face(theirs), **head}, folder / "weights.safetensors")
+        if (folder / "weights.safetensors").is_file():  # train_step.py runs without Hugging Face too
+            theirs = load_file(folder / "weights.safetensors")
+            head = {name: theirs.pop(name) for name in ("project.weight", "project.bias", "codes.embeddings")}
+            load_into(model, {**weights_from_hugging_face(theirs), **head}, folder / "weights.safetensors")
+        if self.options.compiled:
+            for block in model.backbone.encoder.blocks:
+                block.compile()
         self.engine = DeepSpeedEngine(model, self._optimizer, self.config.engine, self.config.train)
         self.model = model
-        return _parameters(model)
+        return parameters_of(model)
 
     def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         from harken.config.registry import build
@@ -152,12 +158,13 @@ class Harken:
     def step(self, batch: Batch, step: int) -> tuple[float, float]:
         """See `Peer`."""
         draws.begin_micro_batch(self.options.seed, step, 0)
-        started = time.perf_counter()
+        batch = batch.to(torch.device(self.options.device))
+        started = clock(self.options.device)
         loss = self.engine(batch)
         self.engine.backward(loss.total / batch.num_targets, last=True)
         self.engine.reduce()
         self.engine.step()
-        seconds = time.perf_counter() - started
+        seconds = clock(self.options.device) - started
         total, count = loss.metrics["loss"]
         return seconds, float(total / count)
 
@@ -196,52 +203,81 @@ class HuggingFaceHubert(nn.Module):
         hidden = self.hubert(batch.inputs, mask_time_indices=batch.targets["mask"]).last_hidden_state
         x = functional.normalize(self.project(hidden.flatten(0, 1)[index]).float(), dim=-1)
         codes = functional.normalize(self.codes.embeddings, dim=-1)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             logits = x @ codes.T / TEMPERATURE
         return functional.cross_entropy(logits, batch.targets["labels"].flatten()[index])
 
 
-class HuggingFace:
-    """transformers.HubertModel in a plain torch loop, with the optimiser and the clipping that harken has."""
+class PlainLoop:
+    """A model in a plain torch loop, with the optimiser and the clipping that harken has.
 
-    def __init__(self, options: Options) -> None:
-        import transformers  # noqa: F401  imported before memory is first read
-        from transformers import HubertModel  # noqa: F401
+    A model maps a batch to the mean loss of its masked frames and is made by `make`.
+    """
 
+    def __init__(self, options: Options, make: Callable[[Options], nn.Module]) -> None:
         torch.set_num_threads(options.threads)
-        self.options = options
+        self.options, self.make = options, make
 
     def build(self, folder: Path) -> int:
-        """Build the model with random weights and write them; see `Peer`."""
+        """Build the model with random weights; see `Peer`."""
         torch.manual_seed(self.options.seed)
-        self.model = HuggingFaceHubert(self.options).train()
-        weights = {name.removeprefix("hubert."): value for name, value in self.model.state_dict().items()}
-        save_file(weights, folder / "weights.safetensors")
+        self.model = self.make(self.options).train().to(self.options.device)
+        if self.options.compiled:
+            self.model.compile()
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
         )
-        return _parameters(self.model)
+        return parameters_of(self.model)
 
     def encode(self, batch: Batch) -> tuple[Tensor, float]:
-        """See `Peer`."""
-        with _evaluating(self.model):
-            return self.model.hubert(batch.inputs).last_hidden_state, float(self.model(batch))
+        """See `Peer`; only a model of equal weights has it."""
+        raise NotImplementedError("its weights are its own: there is nothing to compare")
 
     def step(self, batch: Batch, step: int) -> tuple[float, float]:
         """See `Peer`."""
         torch.manual_seed(draws.key(self.options.seed, step) & (2**63 - 1))
+        device = self.options.device
+        batch = batch.to(torch.device(device))
         context: AbstractContextManager[Any] = nullcontext()
         if self.options.precision == "bf16":
-            context = torch.autocast("cpu", dtype=torch.bfloat16)
-        started = time.perf_counter()
+            context = torch.autocast(device, dtype=torch.bfloat16)
+        started = clock(device)
         with context:
             loss = self.model(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - started, float(loss.detach())
+        return clock(device) - started, float(loss.detach())
+
+
+class HuggingFace(PlainLoop):
+    """transformers.HubertModel, whose weights harken begins with."""
+
+    def __init__(self, options: Options) -> None:
+        from transformers import HubertModel  # noqa: F401  imported before memory is first read
+
+        super().__init__(options, HuggingFaceHubert)
+
+    def build(self, folder: Path) -> int:
+        """Build the model with random weights and write them; see `Peer`."""
+        count = super().build(folder)
+        weights = {name.removeprefix("hubert."): value for name, value in self.model.state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
+        return count
+
+    def encode(self, batch: Batch) -> tuple[Tensor, float]:
+        """See `Peer`."""
+        with _evaluating(self.model):
+            return self.model.hubert(batch.inputs).last_hidden_state, float(self.model(batch))
+
+
+def clock(device: str) -> float:
+    """Return the seconds of a clock, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextmanager
@@ -252,7 +288,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     model.train()
 
 
-def _parameters(model: nn.Module) -> int:
+def parameters_of(model: nn.Module) -> int:
+    """Return how many parameters a model has."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -268,11 +305,10 @@ def _peak_memory() -> int:
 PEERS: dict[str, Callable[[Options], Peer]] = {"harken": Harken, "hugging_face": HuggingFace}
 
 
-def begin(name: str, text: str) -> Answer:
-    """Return what answers `build`, `encode`, `step` and `memory` of hubert_step.py."""
-    options = Options(**json.loads(text))
-    peer = PEERS[name](options)
-    after_imports = _memory_now()
+def answer_for(peer: Peer, options: Options) -> Answer:
+    """Return what answers `build`, `encode`, `step` and `memory` for a peer that has imported what it needs."""
+    on_gpu = options.device == "cuda"
+    after_imports = 0 if on_gpu else _memory_now()
 
     def answer(request: str, arguments: dict[str, Any]) -> dict[str, Any]:
         if request == "build":
@@ -283,11 +319,19 @@ def begin(name: str, text: str) -> Answer:
             return {"loss": loss}
         if request == "step":
             batch = make_batch(options, arguments["step"])
+            before = time.process_time()
             seconds, loss = peer.step(batch, arguments["step"])
-            return {"seconds": seconds, "loss": loss, "batch": digest(batch)}
-        return {"after_imports": after_imports, "peak": _peak_memory()}
+            cpu = time.process_time() - before
+            return {"seconds": seconds, "cpu_seconds": cpu, "loss": loss, "batch": digest(batch)}
+        return {"after_imports": after_imports, "peak": torch.cuda.max_memory_allocated() if on_gpu else _peak_memory()}
 
     return answer
+
+
+def begin(name: str, text: str) -> Answer:
+    """Return what answers the requests of hubert_step.py."""
+    options = Options(**json.loads(text))
+    return answer_for(PEERS[name](options), options)
 
 
 if __name__ == "__main__":

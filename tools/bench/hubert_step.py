@@ -102,20 +102,23 @@ def check_outputs(workers: dict[str, Worker], folder: Path, tolerance: float) ->
 
 def take_steps(workers: dict[str, Worker], warmup: int, steps: int) -> dict[str, dict[str, list[float]]]:
     """Let the workers take steps in turn; return the seconds and losses of those after the warm-up."""
-    taken: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "losses": []} for name in workers}
+    taken: dict[str, dict[str, list[float]]] = {
+        name: {"seconds": [], "cpu_seconds": [], "losses": []} for name in workers
+    }
     for step in range(warmup + steps):
         answers = {}
         for name, worker in workers.items():
             time.sleep(PAUSE_SECONDS)
             answers[name] = worker.ask("step", step=step)
         if len({answer["batch"] for answer in answers.values()}) != 1:
-            raise HarkenError(f"both models must see the same batch in step {step}, found {answers}")
+            raise HarkenError(f"all models must see the same batch in step {step}, found {answers}")
         kind = f"warm-up {step + 1} of {warmup}" if step < warmup else f"step {step - warmup + 1} of {steps}"
-        shown = ", ".join(f"{TITLES[name]} {answer['seconds']:.3f} s" for name, answer in answers.items())
+        shown = ", ".join(f"{workers[name].name} {answer['seconds']:.3f} s" for name, answer in answers.items())
         print(f"{kind}: {shown}", file=sys.stderr, flush=True)
         if step >= warmup:
             for name, answer in answers.items():
                 taken[name]["seconds"].append(answer["seconds"])
+                taken[name]["cpu_seconds"].append(answer["cpu_seconds"])
                 taken[name]["losses"].append(answer["loss"])
     return taken
 
@@ -157,6 +160,11 @@ def table(summary: dict[str, dict[str, float]]) -> str:
                 f"{figures['memory_ratio']:.3f}",
             ]
         )
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Return rows, the first of them titles, as a Markdown table whose columns are of one width."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows.insert(1, ["-" * (width - 1) + (":" if column else "-") for column, width in enumerate(widths)])
     lines = []
@@ -169,12 +177,12 @@ def table(summary: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
+def machine(packages: Sequence[str] = ("transformers",)) -> dict[str, Any]:
     """Return what the figures depend on: processor, its load before the run, and versions."""
     information = Path("/proc/cpuinfo")
     text = information.read_text(encoding="utf-8") if information.is_file() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", *packages)}
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from harken.core.frames import FrameSpec, Window
 from harken.frontends.base import Frontend, InputNoise
 from harken.nn.gradients import scale_and_shift, scale_gradient
 from harken.nn.masked import normalise_over_time
+from harken.nn.waveform import gelu_convolution, normalised_convolution, pays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +133,27 @@ class Waveform(Frontend):
             level = (inputs.square().sum(1) / lengths.clamp(min=1).to(inputs.device)).sqrt()
             inputs = noise.replace(inputs[..., None], self.spec, Window(1, 1), level[:, None, None]).squeeze(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.grad_scale > 0):
-            x = inputs[:, None, :]
             first = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)
             count = first if padded and not self.config.norm_over_padding else None
-            for layer in self.layers:
-                x = layer(x, count)
-        frames = scale_gradient(x.transpose(1, 2), self.config.grad_scale)
-        return frames, self.spec.num_frames(lengths)
+            if self.config.norm == "group" and not self.config.bias and pays(inputs, list(self.layers.parameters())):
+                frames = self._products(inputs, count)
+            else:
+                x = inputs[:, None, :]
+                for layer in self.layers:
+                    x = layer(x, count)
+                frames = x.transpose(1, 2)
+        return scale_gradient(frames, self.config.grad_scale), self.spec.num_frames(lengths)
+
+    def _products(self, inputs: Tensor, count: Tensor | None) -> Tensor:
+        """Return what the layers return, as `(B, T, channels)`, by `harken.nn.waveform`."""
+        first, *others = (cast(ConvLayer, layer) for layer in self.layers)
+        norm = cast(ChannelNorm, first.norm)
+        frames = None if count is None else count.tolist()
+        stride = first.window.stride
+        x = normalised_convolution(inputs, first.conv.weight, norm.weight, norm.bias, stride=stride, frames=frames)
+        for layer in others:
+            x = gelu_convolution(x, layer.conv.weight, stride=layer.window.stride)
+        return functional.gelu(x)
 
     def flops(self, samples: int) -> float:
         """Count the convolutions; see `Frontend`."""
