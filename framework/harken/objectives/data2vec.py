@@ -15,7 +15,7 @@ from harken.config.registry import SlotConfig, register
 from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
 from harken.core import distributed
-from harken.core.batch import Batch
+from harken.core.batch import Batch, Prepare
 from harken.core.draws import Draws, current_step
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
@@ -81,7 +81,7 @@ class Data2vecConfig(SlotConfig):
     def decay(self, step: int, times: float = 1.0) -> float:
         """Return the teacher's decay after optimiser step `step`; times: see `BatchConfig.times`."""
         done = min(1.0, step * times / self.ema_steps)
-        return (self.ema_end - (self.ema_end - self.ema_start) * (1.0 - done)) ** times
+        return float((self.ema_end - (self.ema_end - self.ema_start) * (1.0 - done)) ** times)
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,8 @@ class Data2vec(Objective):
                 "`engine.zero_stage: 3` does not keep: use stage 0, 1 or 2"
             )
         self.config, self.backbone = config, backbone
-<<<<<<< HEAD
-        self.width = self.head(run)
-=======
         self.times = run.batch.times(config.ema_reference_seconds)
-        self.mask = _mask(config)
-        self.project = nn.Linear(backbone.dim, backbone.dim)
->>>>>>> p-health
+        self.width = self.head(run)
         self.teacher = Teacher(backbone.encoder, config.top_layers, config.targets)
         self.scale = self.width**-0.5 if config.loss_scale is None else config.loss_scale
         self._moments: Tensor | None = None  # of this rank's frames since the last step
@@ -134,7 +129,7 @@ class Data2vec(Objective):
         return self.backbone.dim
 
     @staticmethod
-    def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> Data2vecPrepare:
+    def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> Prepare:
         """Return what draws masks; in validation too, as the loss is over masked frames."""
         return Data2vecPrepare(spec, _mask(cast(Data2vecConfig, config.objective)))
 
@@ -163,13 +158,8 @@ class Data2vec(Objective):
         if self.training:
             self._moments = moments if self._moments is None else self._moments + moments
         spread = _deviation(moments).to(total.dtype)
-<<<<<<< HEAD
-        decay = self.config.decay(int(current_step()))
-        return {
-=======
         decay = self.config.decay(int(current_step()), self.times)
-        metrics: Metrics = {
->>>>>>> p-health
+        return {
             "loss": (total.detach(), count),
             "target_deviation": (spread[0] * count, count),
             "prediction_deviation": (spread[1] * count, count),

@@ -193,7 +193,13 @@ class Hubert(Objective):
         """Count the projections and the similarities, for masked and unmasked frames together."""
         return frames * self.flops_per_frame
 
-<<<<<<< HEAD
+    def _label_perplexity(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the perplexity of labels `(N, C)`, a mean over codebooks, times N, and N."""
+        classes = self.config.classes
+        each = [codebook_use(labels[:, i, None].long(), size)[1] for i, size in enumerate(classes)]
+        count = each[0].new_tensor(float(len(labels)))
+        return torch.stack(each).mean() * count, count
+
     def _make_head(self, books: tuple[int, ...]) -> UnitHead:
         own = self.config
         classes = tuple(own.classes[book] for book in books)
@@ -231,27 +237,7 @@ class Hubert(Objective):
             count * sum(books for _, books in hits.values()),
         )
         if len(outputs) > 1 and where == "masked":
-            for layer, (right, books) in hits.items():
+            for layer, (hit, books) in hits.items():
                 metrics[f"loss_layer{layer}"] = (losses[layer].detach(), count)
-                metrics[f"accuracy_masked_layer{layer}"] = (right, count * books)
-=======
-    def _label_perplexity(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the perplexity of labels `(N, C)`, a mean over codebooks, times N, and N."""
-        classes = self.config.classes
-        each = [codebook_use(labels[:, i, None].long(), size)[1] for i, size in enumerate(classes)]
-        count = each[0].new_tensor(float(len(labels)))
-        return torch.stack(each).mean() * count, count
-
-    def _predict(self, x: Tensor, labels: Tensor, where: str, metrics: Metrics) -> Tensor:
-        """Return the summed cross entropy of frames `(N, D)` with labels `(N, C)`; record its mean and the accuracy."""
-        projected = self.project(x).unflatten(-1, (self.heads, -1)).expand(-1, len(self.config.classes), -1)
-        losses, hits = [], []
-        for codebook, logits in enumerate(self.codes(projected)):
-            losses.append(functional.cross_entropy(logits, labels[:, codebook].long(), reduction="sum"))
-            hits.append((logits.detach().argmax(-1) == labels[:, codebook]).sum())
-        loss = torch.stack(losses).sum()
-        count = loss.new_tensor(float(len(x)))
-        metrics["loss" if where == "masked" else "loss_unmasked"] = (loss.detach(), count)
-        metrics[f"accuracy_{where}"] = (torch.stack(hits).sum().float(), count * len(losses))
->>>>>>> p-health
+                metrics[f"accuracy_masked_layer{layer}"] = (hit, count * books)
         return loss

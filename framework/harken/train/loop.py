@@ -27,12 +27,8 @@ from harken.train.log import RunLog, say
 from harken.train.metrics import Meter
 from harken.train.nonfinite import name_skipped
 from harken.train.passes import StepRunner
-<<<<<<< HEAD
 from harken.train.profile import Profile
-from harken.train.rollback import due, roll_back
-=======
 from harken.train.rollback import due, roll_back, skipped
->>>>>>> p-health
 from harken.train.shrink import shrink
 from harken.train.signals import StopRequest
 from harken.train.speed import Speedometer
