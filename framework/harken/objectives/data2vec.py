@@ -15,7 +15,7 @@ from harken.config.registry import SlotConfig, register
 from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
 from harken.core import distributed
-from harken.core.batch import Batch, Prepare
+from harken.core.batch import Batch
 from harken.core.draws import Draws, current_step
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
@@ -23,7 +23,7 @@ from harken.core.loss import Loss, Metrics
 from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
 from harken.encoders.teacher import Kind, Teacher
-from harken.objectives.base import Objective
+from harken.objectives.base import Objective, Prepare
 
 CHECK_EVERY = 100
 """Steps between two looks for a collapse, each of which waits for the device."""
