@@ -76,14 +76,31 @@ run_pytest() { # arguments; pytest's 5 says that the selection holds no test, wh
 }
 
 check_tests() {
-  local failed=0 not_slow="" none_in_one_part=""
+  local failed=0 not_slow="" none_in_one_part="" cluster="" cluster_status=0 log
   if [ -n "$fast" ]; then not_slow=" and not slow"; fi
-  # Tests that start processes of their own run first and alone; pytest's closing line of the rest stays last.
+  # Tests that start processes of their own run first and alone.
   if grep -rqE 'mark\.distributed' tests --include='*.py'; then
     allow_none=1 run_pytest -m "distributed$not_slow" "${pytest_arguments[@]}" || failed=$?
     none_in_one_part=1
   fi
-  allow_none="$none_in_one_part" run_pytest -n "$nproc" -m "not distributed$not_slow" "${pytest_arguments[@]}" || failed=$?
+  # Those with a Slurm of their own mostly wait, so they run beside the rest; what they print is shown behind it.
+  if grep -rqE 'mark\.cluster' tests --include='*.py'; then
+    log="$(mktemp)"
+    # bash has its background ignore interrupts, by which pytest ends what its fixtures have started
+    env --default-signal=INT "$python" -m pytest -m "cluster$not_slow" "${pytest_arguments[@]}" > "$log" 2>&1 &
+    cluster=$!
+    trap 'kill -INT '"$cluster"' 2> /dev/null || true' EXIT
+    none_in_one_part=1
+  fi
+  allow_none="$none_in_one_part" run_pytest -n "$nproc" -m "not distributed and not cluster$not_slow" \
+    "${pytest_arguments[@]}" || failed=$?
+  if [ -n "$cluster" ]; then
+    wait "$cluster" || cluster_status=$?
+    trap - EXIT
+    cat "$log"
+    rm -f "$log"
+    if [ "$cluster_status" != 0 ] && [ "$cluster_status" != 5 ]; then failed="$cluster_status"; fi
+  fi
   return "$failed"
 }
 

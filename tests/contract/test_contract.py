@@ -187,7 +187,10 @@ def tiny(slot: str, name: str) -> dict[str, Any]:
     return {"name": name, **TINY[slot][name]}
 
 
-def variants(slot: str) -> list[tuple[str, dict[str, Any]]]:
+Variant = tuple[str, dict[str, Any]]  # a name of a slot and changes to its tiny configuration
+
+
+def variants(slot: str) -> list[Variant]:
     return [(name, changes) for name in available(slot) for changes in VARIANTS.get((slot, name), [{}])]
 
 
@@ -232,13 +235,24 @@ def encoder_for(objective: str) -> str:
     return "transformer" if agree(objective, "transformer") else "causal_convolution"
 
 
+EVERYTHING = {"hubert", "ctc"}
+"""Objectives that are tested with every frontend under every encoder: one of masks, one of transcripts."""
+
+
+def is_tested(objective: str, frontend: Variant, encoder: Variant) -> bool:
+    """Whether the three are tested together: every objective with every frontend, and with every encoder."""
+    if not agree(objective, encoder[0]):
+        return False
+    return objective in EVERYTHING or frontend == ("filterbank", {}) or encoder == (encoder_for(objective), {})
+
+
 COMBINATIONS = [
     *(
-        parts
-        for parts in itertools.product(
-            [(name, {}) for name in available("objective")], variants("frontend"), variants("encoder")
+        ((objective, {}), frontend, encoder)
+        for objective, frontend, encoder in itertools.product(
+            available("objective"), variants("frontend"), variants("encoder")
         )
-        if agree(parts[0][0], parts[2][0])
+        if is_tested(objective, frontend, encoder)
     ),
     *(
         (objective, ("filterbank", {}), (encoder_for(objective[0]), {}))
