@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-PIECED = (("data", "scan"), ("data", "verify"), ("units", "label"), ("decode",))
+PIECED = (("data", "scan"), ("data", "verify"), ("units", "label"), ("decode",), ("features",))
 """Verbs that know `--piece`."""
 HELP = (
     "Write a readable sbatch file for a command and submit it. A job that trains saves before the end of its time, "

@@ -18,6 +18,7 @@ VERBS = {
     "config": "print a resolved configuration and where each value came from",
     "data": "scan, index, verify and describe manifests; make tokenizers",
     "units": "fit clusterers, label audio, check labels",
+    "features": "write hidden states of a model's layers for numpy and Lhotse",
     "decode": "turn audio into text with a CTC model or a transducer",
     "ngram": "estimate a character or token language model for decoding",
     "graph": "compose a lexicon and a word n-gram for decoding CTC models",

@@ -177,6 +177,21 @@ def read_row(
     return Row(name, text, samples, start)
 
 
+def read_batch(manifest: Manifest, places: Iterable[int], sample_rate: int, unreadable: dict[str, str]) -> Batch | None:
+    """Read whole cuts into a batch without targets; None where none could be read.
+
+    unreadable: where the ids of those that could not be read are put, with reasons.
+    """
+    rows = []
+    for place in places:
+        cut = manifest[int(place)]
+        try:
+            rows.append(Row(cut.id, "", read_cut(cut, sample_rate), 0))
+        except UnreadableAudioError as error:
+            unreadable[cut.id] = str(error)
+    return collate(rows) if rows else None
+
+
 def collate(rows: list[Row]) -> Batch:
     """Pad rows with zeros at the end into one batch."""
     lengths = torch.tensor([len(row.samples) for row in rows], dtype=torch.int64)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from harken.config.registry import build
 from harken.config.schema import RunConfig
+from harken.core.batch import Batch
 from harken.core.frames import FrameSpec
 from harken.encoders.base import Encoded, Encoder
 from harken.frontends.base import Frontend, InputNoise
@@ -63,6 +66,15 @@ class Backbone(nn.Module):
     def _one_frame(self, inputs: Tensor) -> Tensor:
         """Pad a batch in which nothing is long enough for a frame to one: no layer can work on none. Lengths stay 0."""
         return functional.pad(inputs, (0, max(0, self.spec.receptive_field - inputs.shape[1])))
+
+
+@torch.no_grad()
+def hidden_rows(backbone: Backbone, batch: Batch, layers: Collection[int]) -> dict[int, list[NDArray[np.float32]]]:
+    """Return the outputs of layers for each row of a batch on the backbone's device: `(T, D)`, without padding."""
+    encoded = backbone(batch.inputs, batch.lengths, layers=layers)
+    lengths = encoded.lengths.tolist()
+    found = {layer: encoded.hidden[layer].float().cpu().numpy() for layer in layers}
+    return {layer: [hidden[row, :length] for row, length in enumerate(lengths)] for layer, hidden in found.items()}
 
 
 def build_backbone(config: RunConfig) -> Backbone:

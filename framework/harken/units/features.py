@@ -14,6 +14,7 @@ from harken.config.saved import find_model, weights_digest
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
+from harken.encoders.backbone import hidden_rows
 from harken.encoders.saved import load_backbone
 
 Frames = NDArray[np.float32]
@@ -113,13 +114,9 @@ class Hidden:
         """Return the layer and the hash of the weights."""
         return f"hidden layer {self.layer} of model {weights_digest(find_model(self.model))[:16]}"
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> list[Frames]:
         """Return `(T, D)` for each row."""
-        on_device = batch.to(self.device)
-        encoded = self.backbone(on_device.inputs, batch.lengths, layers=(self.layer,))
-        hidden = encoded.hidden[self.layer].float().cpu().numpy()
-        return [hidden[row, :length] for row, length in enumerate(encoded.lengths.tolist())]
+        return hidden_rows(self.backbone, batch.to(self.device), (self.layer,))[self.layer]
 
 
 def make_features(

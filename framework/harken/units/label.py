@@ -21,15 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.files import check_replaceable, remove, write_json_atomic, write_text_atomic
 from harken.core.pieces import Piece, shared_folder
-from harken.data.dataset import Row, collate
+from harken.data.dataset import read_batch
 from harken.data.manifest import Manifest
 from harken.data.parallel import end_with_parent
 from harken.data.plan import rectangles
-from harken.data.read import UnreadableAudioError, read_cut
 from harken.units.clusterer import Clusterer
 from harken.units.features import Features
 from harken.units.store import TOLERANCE, Card, make_lookup, write_lookup
@@ -206,7 +204,7 @@ def _work(job: Job, pieces: list[int]) -> None:
         for piece in pieces:
             unreadable: dict[str, str] = {}
             for number, places in layout.pieces[piece]:
-                batch = _read(manifests[number], places, job.sample_rate, unreadable)
+                batch = read_batch(manifests[number], places, job.sample_rate, unreadable)
                 if batch is None:
                     continue
                 for cut, frames in zip(batch.ids, features(batch), strict=True):
@@ -218,17 +216,6 @@ def _work(job: Job, pieces: list[int]) -> None:
             write_json_atomic(_marker(job.out, piece), {"unreadable": unreadable})
     finally:
         os.close(descriptor)
-
-
-def _read(manifest: Manifest, places: NDArray[np.int64], sample_rate: int, unreadable: dict[str, str]) -> Batch | None:
-    rows = []
-    for place in places:
-        cut = manifest[int(place)]
-        try:
-            rows.append(Row(cut.id, "", read_cut(cut, sample_rate), 0))
-        except UnreadableAudioError as error:
-            unreadable[cut.id] = str(error)
-    return collate(rows) if rows else None
 
 
 def _fit_length(labels: NDArray[Any], expected: int, cut: str, unreadable: dict[str, str]) -> NDArray[Any]:
