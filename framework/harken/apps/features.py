@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     from harken.core.errors import HarkenError
     from harken.core.pieces import Piece
-    from harken.evaluate.hidden_states import Extraction, extract
+    from harken.units.hidden_states import Extraction, extract
 
     try:
         layers = tuple(int(word) for word in args.layers.split(","))
