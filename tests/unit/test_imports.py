@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {"config", "core"},
     "decode": {"data", "nn", "config", "core"},
     "evaluate": {"config", "core"},
-    "interop": {"objectives", *MODELS},
+    "interop": {"objectives", "data", *MODELS},  # tokenizers of models that were fine-tuned
     "report": {"evaluate", "decode", "train", "data", "units", "config", "core"},
 }
 ALLOWED["apps"] = set(ALLOWED)

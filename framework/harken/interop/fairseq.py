@@ -25,6 +25,7 @@ from harken.config.saved import load_into
 from harken.core.errors import HarkenError
 from harken.core.files import check_replaceable, sha256_file
 from harken.encoders.backbone import build_backbone
+from harken.interop.fairseq_ctc import FINETUNED, read_finetuned
 from harken.interop.fairseq_options import (
     check_supported,
     hubert_config,
@@ -84,6 +85,8 @@ def read_pretrained(path: str | Path) -> Imported:
     if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
         raise HarkenError(f"{path} is no fairseq checkpoint: expected a `model` in it")
     groups = read_options(state, path)
+    if kind_of(groups["model"]) in FINETUNED:
+        return read_finetuned(state, groups, NAMES, QUERY_KEY_VALUE, _updates(state), path)
     check_supported(groups["model"], path)
     weights = convert_weights(state["model"], path)
     symbols: tuple[tuple[str, ...], ...] = ()

@@ -71,7 +71,10 @@ def check_supported(model: Options, path: Path) -> None:
     kind = kind_of(model)
     if kind not in KINDS:
         known = " and ".join(f"`{name}`" for name in KINDS)
-        raise HarkenError(f"{path} holds a fairseq `{kind}` model: harken reads pretrained {known} models")
+        raise HarkenError(
+            f"{path} holds a fairseq `{kind}` model: harken reads pretrained {known} models, "
+            "and those of them that were fine-tuned by CTC"
+        )
     for name, value in KINDS[kind].items():
         default = False if name == "quantize_targets" else value  # fairseq's own default is not what harken stands for
         if model.get(name, default) != value:

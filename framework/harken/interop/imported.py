@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from harken.config.saved import save_model
 from harken.config.schema import RunConfig
 from harken.core.files import atomic_folder, write_json_atomic
+from harken.data.tokens import Characters
+
+TOKENS = "tokens.txt"
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Imported:
 
     symbols: for each codebook, the unit that each class stands for (empty where the checkpoint has no dictionary).
     updates: how long it was trained, 0 where the checkpoint does not say. notes: options that are not carried over.
-    targets: what it predicts, in words.
+    targets: what it predicts, in words. characters: those of its tokenizer, of a model that learned transcripts.
     """
 
     config: RunConfig
@@ -29,6 +32,7 @@ class Imported:
     updates: int
     notes: tuple[str, ...]
     targets: str
+    characters: tuple[str, ...] = ()
 
 
 def classes_line(classes: Sequence[int]) -> str:
@@ -47,6 +51,12 @@ def write_imported(folder: Path, imported: Imported, source: Mapping[str, Any]) 
         "not_carried_over": imported.notes,
         "symbols": imported.symbols,
     }
+    config = imported.config
+    if imported.characters:
+        tokens = str(folder.resolve() / TOKENS)
+        config = replace(config, objective=replace(config.objective, tokenizer=tokens))  # type: ignore[call-arg]
     with atomic_folder(folder, kind="imported model") as temporary:
-        save_model(temporary, imported.config, imported.weights)
+        save_model(temporary, config, imported.weights)
+        if imported.characters:
+            Characters(imported.characters).save(temporary / TOKENS)
         write_json_atomic(temporary / "imported.json", about)
