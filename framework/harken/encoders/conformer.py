@@ -46,7 +46,7 @@ class ConformerConfig(StackConfig):
 class FeedForward(nn.Module):
     """Norm, expansion, swish, contraction. Source: arXiv 2005.08100 section 2.3."""
 
-    def __init__(self, config: ConformerConfig) -> None:
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.dim)
         self.up = nn.Linear(config.dim, config.ffn_dim)
