@@ -23,7 +23,8 @@ from harken.nn.dropout import Dropout
 @dataclass(frozen=True, kw_only=True)
 class EBranchformerConfig(StackConfig):
     """Defaults are those of a LibriSpeech recipe of ESPnet, of 38 million parameters with its decoder
-    (`train_asr_e_branchformer_size256_mlp1024_linear1024_e12_mactrue`), with the positions of wav2vec 2.0."""
+    (`train_asr_e_branchformer_size256_mlp1024_linear1024_e12_mactrue`), with the positions of wav2vec 2.0.
+    """
 
     dim: int = 256
     """Width of a representation. ESPnet `output_size`."""
