@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -270,7 +270,8 @@ class HuggingFace(PlainLoop):
     def encode(self, batch: Batch) -> tuple[Tensor, float]:
         """See `Peer`."""
         with _evaluating(self.model):
-            return self.model.hubert(batch.inputs).last_hidden_state, float(self.model(batch))
+            hubert = cast(nn.Module, self.model.hubert)
+            return hubert(batch.inputs).last_hidden_state, float(self.model(batch))
 
 
 def clock(device: str) -> float:
