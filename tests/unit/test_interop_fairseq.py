@@ -311,8 +311,8 @@ def test_an_unsupported_option_is_named(changed, name, value) -> None:
 
 
 def test_other_models_and_files_are_refused(changed, tmp_path) -> None:
-    changed.model["_name"] = "hubert_ctc"
-    with pytest.raises(HarkenError, match="holds a fairseq `hubert_ctc` model"):
+    changed.model["_name"] = "hubert_seq2seq_asr"
+    with pytest.raises(HarkenError, match="holds a fairseq `hubert_seq2seq_asr` model"):
         changed.read()
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(HarkenError, match="no fairseq checkpoint: expected a `model`"):

@@ -118,7 +118,11 @@ def test_what_the_training_did_otherwise_is_said(changed) -> None:
         ({"latent_vars": 9}, "", r"`quantizer.vars` in .* must hold 2 groups of 9 entries, found shape \(1, 16, 12\)"),
         ({}, "quantizer.vars", r"has no `quantizer.vars`: the head of wav2vec 2.0's pretraining was removed"),
         ({}, "project_q.bias", r"missing `project_target.bias`"),
-        ({"_name": "wav2vec_ctc"}, "", r"holds a fairseq `wav2vec_ctc` model: .* `hubert` and `wav2vec2` models"),
+        (
+            {"_name": "wav2vec_seq2seq"},
+            "",
+            r"holds a fairseq `wav2vec_seq2seq` model: .* `hubert` and `wav2vec2` models",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(changed, options, remove, message) -> None:
