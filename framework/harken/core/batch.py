@@ -85,4 +85,10 @@ def padding_mask(lengths: Tensor, size: int) -> Tensor | None:
     """
     if bool((lengths >= size).all()):
         return None
-    return torch.arange(size)[None, :] >= lengths[:, None]
+    return ~real_mask(lengths, size)
+
+
+def real_mask(lengths: Tensor, size: int, device: torch.device | None = None) -> Tensor:
+    """Return a `(B, size)` bool mask on a device, by default that of `lengths`, True where nothing is padded."""
+    lengths = lengths.to(device or lengths.device)
+    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harken.core.batch import real_mask
+
 
 def greedy_search(log_probs: Tensor, lengths: Tensor, *, blank: int) -> list[list[int]]:
     """Take the best token of every frame, merge runs of the same token, drop blanks.
@@ -17,7 +19,7 @@ def greedy_search(log_probs: Tensor, lengths: Tensor, *, blank: int) -> list[lis
     best = log_probs.argmax(dim=-1)
     starts_run = torch.ones_like(best, dtype=torch.bool)
     starts_run[:, 1:] = best[:, 1:] != best[:, :-1]
-    inside = torch.arange(best.shape[1], device=best.device) < lengths.to(best.device)[:, None]
+    inside = real_mask(lengths, best.shape[1], best.device)
     keep = starts_run & inside & (best != blank)
     # Two transfers for the whole batch, however many utterances it has.
     tokens = best[keep].tolist()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harken.core.batch import real_mask
 from harken.core.errors import HarkenError, nearest
 from harken.decode.arpa import load_arpa
 from harken.decode.greedy import greedy_search
@@ -170,7 +171,7 @@ def checked(log_probs: Tensor, lengths: Tensor, width: int, kind: str = "log-pro
         )
     if lengths.numel() and int(lengths.max()) > log_probs.shape[1]:
         raise HarkenError(f"a length of {int(lengths.max())} frames is more than the {log_probs.shape[1]} there are")
-    inside = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths.to(log_probs.device)[:, None]
+    inside = real_mask(lengths, log_probs.shape[1], log_probs.device)
     broken = (log_probs.isnan().any(dim=2) & inside).any(dim=1)
     if bool(broken.any()):
         raise HarkenError(

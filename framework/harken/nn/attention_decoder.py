@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harken.core.batch import real_mask
 from harken.core.errors import HarkenError
 
 
@@ -49,7 +50,7 @@ class AttentionDecoder(nn.Module):
         count = inputs.shape[1]
         x = self.dropout(self.embedding(inputs) * math.sqrt(self.dim) + _positions(count, self.dim, frames))
         future = torch.ones(count, count, dtype=torch.bool, device=x.device).triu(1)
-        padded = torch.arange(frames.shape[1], device=x.device) >= lengths.to(x.device)[:, None]
+        padded = ~real_mask(lengths, frames.shape[1], x.device)
         memory = self.frames(frames)
         for block in self.blocks:
             x = block(x, memory, tgt_mask=future, memory_key_padding_mask=padded)

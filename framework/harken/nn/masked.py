@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from harken.core.batch import real_mask
 
 
 def normalise_over_time(x: Tensor, lengths: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -16,7 +17,7 @@ def normalise_over_time(x: Tensor, lengths: Tensor | None, eps: float = 1e-5) ->
         variance = (x - mean).square().mean(1, keepdim=True)
         return (x - mean) * (variance + eps).rsqrt()
     lengths = lengths.to(x.device)
-    real = (torch.arange(x.shape[1], device=x.device)[None, :] < lengths[:, None])[..., None].to(x.dtype)
+    real = real_mask(lengths, x.shape[1])[..., None].to(x.dtype)
     count = lengths.clamp(min=1).to(x.dtype)[:, None, None]
     mean = (x * real).sum(1, keepdim=True) / count
     centred = (x - mean) * real
@@ -34,5 +35,5 @@ def summed_mean_squares(frames: Tensor, lengths: Tensor, counts: Tensor) -> Tens
     """
     squares = frames.float().square().mean(-1)
     length = lengths.to(frames.device).clamp(min=1)
-    real = torch.arange(frames.shape[1], device=frames.device)[None, :] < length[:, None]
+    real = real_mask(length, frames.shape[1])
     return ((squares * real).sum(1) / length * counts.to(frames.device)).sum()

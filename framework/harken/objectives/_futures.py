@@ -14,7 +14,7 @@ from torch.nn import functional
 from harken.config.registry import SlotConfig
 from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
-from harken.core.batch import Batch, padding_mask
+from harken.core.batch import Batch, real_mask
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
@@ -117,9 +117,7 @@ class Futures(Objective):
         nothing = {"mask": torch.zeros(size, dtype=torch.bool, device=batch.inputs.device)}
         frames, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, nothing)
         encoded = self.backbone.encoder.encode(x, lengths)
-        padded = padding_mask(lengths, frames.shape[1])
-        real = torch.ones(size, dtype=torch.bool) if padded is None else ~padded
-        real = real.to(frames.device, non_blocking=True)
+        real = real_mask(lengths, frames.shape[1]).to(frames.device, non_blocking=True)
         total = frames.new_zeros((), dtype=torch.float32)
         hits, pairs, metrics = total.clone(), total.clone(), cast(Metrics, {})
         for index in range(self.config.steps):

@@ -68,18 +68,14 @@ class BestrqPrepare:
 
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add `mask` `(B, T)`, `noise_keys` `(B,)`, and `masked`, `real`: positions of frames in the flat `(B * T)`."""
-        lengths = self.spec.num_frames(batch.lengths).numpy()
-        size = int(self.spec.num_frames(batch.inputs.shape[1]))
-        masked = np.zeros((len(batch.ids), size), dtype=np.bool_)
-        for row, (cut, length, own) in enumerate(zip(batch.ids, lengths, draws, strict=True)):
-            masked[row, :length] = self.mask.draw(int(length), own.generator("mask", cut))
+        masked, lengths = self.mask.draw_rows(batch, draws, self.spec)
         pairs = zip(batch.ids, draws, strict=True)
         keys = [int(own.generator("mask noise", cut).integers(2**63)) for cut, own in pairs]
         targets = {
             "mask": torch.from_numpy(masked),
             "noise_keys": torch.tensor(keys, dtype=torch.int64),
             "masked": torch.from_numpy(np.flatnonzero(masked)),
-            "real": torch.from_numpy(np.flatnonzero(np.arange(size)[None, :] < lengths[:, None])),
+            "real": torch.from_numpy(np.flatnonzero(np.arange(masked.shape[1])[None, :] < lengths[:, None])),
         }
         return replace(batch, targets={**batch.targets, **targets}, num_targets=float(masked.sum()))
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from harken.config.registry import register
 from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
-from harken.core.batch import Batch
+from harken.core.batch import Batch, real_mask
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
@@ -102,7 +102,7 @@ class Ctc(Recogniser):
         main = ctc_loss(log_probs, lengths, batch)
         total = main
         count = main.new_tensor(batch.num_targets)
-        real = torch.arange(log_probs.shape[1], device=main.device)[None, :] < lengths.to(main.device)[:, None]
+        real = real_mask(lengths, log_probs.shape[1], main.device)
         blanks = ((log_probs.detach().argmax(-1) == BLANK) & real).sum().float()
         metrics = {
             "loss": (main.detach(), count),

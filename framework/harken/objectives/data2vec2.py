@@ -14,7 +14,7 @@ from torch.nn import functional
 from harken.config.registry import register
 from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
-from harken.core.batch import Batch, padding_mask
+from harken.core.batch import Batch, padding_mask, real_mask
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
@@ -227,7 +227,7 @@ class Data2vec2(Data2vec):
         So it weighs as much as the other term whatever the batch; the original's grows with the batch.
         """
         counts = (lengths * self.backbone.encoder.rows).to(targets.device)
-        real = torch.arange(targets.shape[1], device=targets.device) < counts[:, None]
+        real = real_mask(counts, targets.shape[1])
         mean = (targets * real[..., None]).sum(1) / counts.clamp(min=1)[:, None]
         return (self.errors(predicted, mean.repeat_interleave(self.config.clones, 0)) * mask.sum(1)).sum()
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from harken.config.registry import SlotConfig, register
 from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
-from harken.core.batch import Batch
+from harken.core.batch import Batch, real_mask
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
@@ -202,7 +202,7 @@ class Wav2vec2(Objective):
         """Return the contrastive loss summed over masked frames, with diversity and penalty for each of them."""
         own, targets = self.config, batch.targets
         masked, counts = targets["masked"], targets["counts"]
-        real = torch.arange(masked.shape[1], device=masked.device)[None, :] < counts[:, None]
+        real = real_mask(counts, masked.shape[1])
         seen = targets.get("view", batch.inputs)
         frames, x, lengths = self.backbone.embed(seen, batch.lengths, {"mask": targets["mask"]})
         encoded = self.backbone.encoder.encode(x, lengths)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harken.config.schema import HealthConfig
 from harken.core import distributed
-from harken.core.batch import Batch
+from harken.core.batch import Batch, real_mask
 from harken.train.state import TrainState
 
 
@@ -171,12 +171,9 @@ def probe_ranks(model: nn.Module, batch: Batch) -> dict[str, float]:
         hook.remove()
         model.train(training)
     outputs = {"rank_frontend": seen[0], "rank_encoder": (encoded.last, encoded.lengths)}
-    ranks = [effective_rank(_real(*output)) for output in outputs.values()]
+    ranks = [
+        effective_rank(frames[real_mask(lengths, frames.shape[1], frames.device)])
+        for frames, lengths in outputs.values()
+    ]
     sums = distributed.sum_over_ranks(ranks)
     return {name: total / distributed.world_size() for name, total in zip(outputs, sums, strict=True)}
-
-
-def _real(frames: Tensor, lengths: Tensor) -> Tensor:
-    """Return the frames of `(B, T, D)` that are no padding as `(N, D)`."""
-    places = torch.arange(frames.shape[1])[None] < lengths.cpu()[:, None]
-    return frames[places.to(frames.device)]
