@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harken.core.errors import HarkenError
 from harken.encoders.base import Encoded, Encoder
 from harken.nn.dropout import Dropout
 
@@ -40,9 +39,7 @@ class CausalStack(Encoder):
 
     def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
         """Encode embedded frames `(B, T, D)`; see `Encoder`."""
-        unknown = [layer for layer in layers if not 0 <= layer <= self.num_layers]
-        if unknown:
-            raise HarkenError(f"hidden layers must lie in 0..{self.num_layers}, got {unknown}")
+        self.check_layers(layers)
         x = frames
         hidden = {0: x} if 0 in layers else {}
         for index, block in enumerate(self.blocks, start=1):

@@ -67,6 +67,12 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
+    def check_layers(self, layers: Collection[int]) -> None:
+        """Raise HarkenError when a hidden layer is asked for that there is not."""
+        unknown = [layer for layer in layers if not 0 <= layer <= self.num_layers]
+        if unknown:
+            raise HarkenError(f"hidden layers must lie in 0..{self.num_layers}, got {unknown}")
+
     def encode_visible(
         self, frames: Tensor, lengths: Tensor, mask: Tensor, visible: Tensor, extra: Tensor | None = None
     ) -> Encoded:

@@ -60,6 +60,11 @@ class FeedForward(nn.Module):
         return y
 
 
+def without_padding(x: Tensor, attend: Tensor | None) -> Tensor:
+    """Return `(B, T, D)` with zeros in padded frames, of which a convolution then carries nothing to real ones."""
+    return x if attend is None else x.masked_fill(~attend[:, 0, 0, :, None], 0.0)
+
+
 class Convolution(nn.Module):
     """Norm, gated linear unit, depthwise convolution over time, norm, swish, linear.
 
@@ -78,9 +83,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, attend: Tensor | None) -> Tensor:
         """Map `(B, T, D)` to the branch `(B, T, D)`; padded frames do not reach real ones."""
-        y = functional.glu(self.gate(self.norm(x)), dim=-1)
-        if attend is not None:
-            y = y.masked_fill(~attend[:, 0, 0, :, None], 0.0)
+        y = without_padding(functional.glu(self.gate(self.norm(x)), dim=-1), attend)
         branch: Tensor = self.dropout(self.out(functional.silu(self.inner_norm(self.depthwise(y)))))
         return branch
 

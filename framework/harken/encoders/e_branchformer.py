@@ -13,7 +13,7 @@ from torch.nn import functional
 from harken.config.registry import register
 from harken.config.rules import check_numbers
 from harken.core.errors import HarkenError
-from harken.encoders.conformer import FeedForward
+from harken.encoders.conformer import FeedForward, without_padding
 from harken.encoders.stack import Stack, StackConfig
 from harken.nn.attention import SelfAttention
 from harken.nn.convolution import DepthwiseConvolution
@@ -53,11 +53,6 @@ class EBranchformerConfig(StackConfig):
                 raise HarkenError(f"`encoder.{name}` must be odd, got {size}")
 
 
-def _real(x: Tensor, attend: Tensor | None) -> Tensor:
-    """Set padded frames of `(B, T, D)` to zero, so that a convolution carries nothing of them to real ones."""
-    return x if attend is None else x.masked_fill(~attend[:, 0, 0, :, None], 0.0)
-
-
 class GatedConvolution(nn.Module):
     """Norm, expansion, GELU, one half times the convolved other half, contraction.
 
@@ -79,7 +74,7 @@ class GatedConvolution(nn.Module):
     def forward(self, x: Tensor, attend: Tensor | None) -> Tensor:
         """Map `(B, T, D)` to `(B, T, D)`; padded frames do not reach real ones."""
         value, gate = functional.gelu(self.up(self.norm(x))).chunk(2, dim=-1)
-        gate = self.depthwise(_real(self.gate_norm(gate), attend))
+        gate = self.depthwise(without_padding(self.gate_norm(gate), attend))
         y: Tensor = self.down(self.gate_dropout(value * gate))
         return y
 
@@ -108,7 +103,7 @@ class Block(nn.Module):
         x = torch.add(x, self.before(x), alpha=0.5)
         far = self.dropout(self.attention(self.attention_norm(x), attend))
         near = self.dropout(self.local(x, attend))
-        both = _real(torch.cat([far, near], dim=-1), attend)
+        both = without_padding(torch.cat([far, near], dim=-1), attend)
         x = x + self.dropout(self.merge(both + self.merge_depthwise(both)))
         y: Tensor = self.norm(torch.add(x, self.after(x), alpha=0.5))
         return y

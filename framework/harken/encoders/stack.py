@@ -127,9 +127,7 @@ class Stack(Encoder):
 
     def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
         """Encode embedded frames `(B, T, embed_dim)`; see `Encoder`."""
-        unknown = [layer for layer in layers if not 0 <= layer <= self.num_layers]
-        if unknown:
-            raise HarkenError(f"hidden layers must lie in 0..{self.num_layers}, got {unknown}")
+        self.check_layers(layers)
         tokens = frames.reshape(len(frames), frames.shape[1] * self.rows, -1)
         padded = padding_mask(lengths * self.rows, tokens.shape[1])
         attend = None

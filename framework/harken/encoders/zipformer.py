@@ -104,9 +104,7 @@ class Zipformer(Encoder):
 
     def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
         """Encode embedded frames `(B, T, embed_dim)`; see `Encoder`."""
-        unknown = [layer for layer in layers if not 0 <= layer <= self.num_layers]
-        if unknown:
-            raise HarkenError(f"hidden layers must lie in 0..{self.num_layers}, got {unknown}")
+        self.check_layers(layers)
         time = frames.shape[1]
         padding = self._padding(frames, lengths)
         chunk, left_chunks = self._draw_chunk()
