@@ -87,6 +87,7 @@ class Futures(Objective):
     """
 
     needs_causal: ClassVar[bool] = True
+    uses_mask_embedding: ClassVar[bool] = False
 
     def __init__(self, config: FuturesConfig, run: RunConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -146,10 +147,6 @@ class Futures(Objective):
                 every = predictions.flatten(0, 1) @ frames.flatten(0, 1).T
                 return truth, every.gather(1, negatives.flatten(0, 1)).view_as(negatives)
             return truth, (predictions @ frames.transpose(1, 2)).gather(2, negatives)
-
-    def rate_scale(self, parameter: str, step: int) -> float:
-        """Freeze the mask embedding, as nothing is masked."""
-        return 0.0 if parameter == "backbone.mask_embedding" else 1.0
 
     def head_flops(self, frames: int) -> float:
         """Count the predictions and their products with the frames of the utterance."""

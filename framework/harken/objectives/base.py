@@ -34,9 +34,11 @@ class Objective(nn.Module):
 
     It is built as `cls(config, run=run_config, backbone=backbone)`. Its backbone's parameters are named `backbone.*`.
     needs_causal: it predicts what an encoder that sees later frames would copy (`Encoder.causal`).
+    uses_mask_embedding: it masks frames by the backbone's embedding. One that does not leaves it to fine-tuning.
     """
 
     needs_causal: ClassVar[bool] = False
+    uses_mask_embedding: ClassVar[bool] = True
 
     backbone: Backbone
 
@@ -84,4 +86,4 @@ class Objective(nn.Module):
 
     def rate_scale(self, parameter: str, step: int) -> float:
         """Return the factor on the learning rate of a parameter at a step: freezing and layer-wise rates."""
-        return 1.0
+        return 0.0 if parameter == "backbone.mask_embedding" and not self.uses_mask_embedding else 1.0

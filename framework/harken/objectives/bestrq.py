@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -89,6 +89,8 @@ class Bestrq(Objective):
     Source: arXiv 2202.01855 section 3.
     """
 
+    uses_mask_embedding: ClassVar[bool] = False
+
     def __init__(self, config: BestrqConfig, run: RunConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
@@ -155,7 +157,3 @@ class Bestrq(Objective):
         targets = self.backbone.spec.middle(self.window)[1] * self.log_mel.mel.numel()
         targets += self.quantiser.projections.numel() + self.quantiser.codes.numel()
         return 2.0 * frames * (head + targets / 3)
-
-    def rate_scale(self, parameter: str, step: int) -> float:
-        """Leave the backbone's mask embedding as it starts."""
-        return 0.0 if parameter == "backbone.mask_embedding" else 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -169,6 +169,8 @@ class Data2vec2(Data2vec):
     2401.03497) is this over patches, with inverse block masks of the grid and a loss of the utterance.
     """
 
+    uses_mask_embedding: ClassVar[bool] = False
+
     config: Data2vec2Config
 
     def head(self, run: RunConfig) -> int:
@@ -230,10 +232,6 @@ class Data2vec2(Data2vec):
         real = real_mask(counts, targets.shape[1])
         mean = (targets * real[..., None]).sum(1) / counts.clamp(min=1)[:, None]
         return (self.errors(predicted, mean.repeat_interleave(self.config.clones, 0)) * mask.sum(1)).sum()
-
-    def rate_scale(self, parameter: str, step: int) -> float:
-        """Leave the mask embedding, which is not used, to fine-tuning."""
-        return 0.0 if parameter == "backbone.mask_embedding" else 1.0
 
     def head_flops(self, frames: int) -> float:
         """Count decoder and clones beside the one pass that is counted, and the teacher, without a backward pass."""
