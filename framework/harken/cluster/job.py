@@ -181,10 +181,15 @@ def _without_progress(starts: Starts) -> int:
 
 def last_line(path: Path, *, skip: str = "\0") -> str:
     """Return the last line of a log that says something, or nothing; lines that begin with `skip` are passed over."""
+    lines = last_lines(path, 20_000)
+    return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith(skip)), "")
+
+
+def last_lines(path: Path, size: int) -> list[str]:
+    """Return the lines in the last `size` bytes of a log; none where there is no log."""
     try:
         with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - 20_000))
-            lines = stream.read().decode(errors="replace").splitlines()
+            stream.seek(max(0, path.stat().st_size - size))
+            return stream.read().decode(errors="replace").splitlines()
     except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith(skip)), "")
+        return []

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harken.cluster.job import last_line
+from harken.cluster.job import last_line, last_lines
 from harken.cluster.record import JobRecord, Start, load_jobs, load_starts
 from harken.cluster.slurm import Queued, queue
 from harken.core.clock import duration
@@ -138,12 +138,7 @@ def _silence(start: Start) -> str:
 
 
 def _progress(log: Path) -> str:
-    try:
-        with log.open("rb") as stream:
-            stream.seek(max(0, log.stat().st_size - 100_000))
-            lines = stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
+    lines = last_lines(log, 100_000)
     found = next((match for line in reversed(lines) if (match := PROGRESS.search(line.strip()))), None)
     if found is None:
         return ""
