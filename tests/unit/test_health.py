@@ -13,7 +13,7 @@ from harken.config.schema import HealthConfig
 from harken.objectives.ctc import Ctc
 from harken.objectives.hubert import Hubert
 from harken.train import loop
-from harken.train.health import ALARMS, Watch, effective_rank
+from harken.train.health import ALARMS, effective_rank, look
 from harken.train.state import TrainState
 from harken.units.product_quantizer import ProductQuantizer
 
@@ -146,11 +146,11 @@ def test_an_alarm_rolls_back_to_before_it(train, corpus, monkeypatch, tmp_path: 
 
 
 def test_what_an_alarm_counts_is_in_a_row_and_kept() -> None:
-    watch, state = Watch(HealthConfig(records=2, after_steps=1)), TrainState()
+    config, state = HealthConfig(records=2, after_steps=1), TrainState()
     found = []
     for step, value in enumerate([1.0, 1.0, 5.0, 1.0, 1.0, 1.0, float("nan"), 1.0], start=1):
         state.step = step
-        found += [(step, trouble.since) for trouble in watch.look("train", {"codebook_perplexity": value}, state)]
+        found += [(step, trouble.since) for trouble in look(config, "train", {"codebook_perplexity": value}, state)]
         state = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
     assert found == [(5, 3)]
 

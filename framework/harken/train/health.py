@@ -99,41 +99,37 @@ class Trouble:
     text: str
 
 
-class Watch:
-    """Holds each record of the log against the alarms; every rank sees the same figures and decides the same."""
+def look(config: HealthConfig, kind: str, figures: Mapping[str, float], state: TrainState) -> list[Trouble]:
+    """Hold a record of the log, of a kind (`train` or `valid`), against the alarms; return those that ring.
 
-    def __init__(self, config: HealthConfig) -> None:
-        self.config = config
+    One rings at the `health.records`-th bad record in a row, and again only after a good one. What is counted is kept
+    in `state.bad_records`, so that a run that continues counts on. Every rank sees the same figures and decides the
+    same.
+    """
+    troubles = []
+    for alarm in ALARMS:
+        if alarm.metric not in figures:
+            continue
+        key = f"{kind}: {alarm.name}"
+        value = figures[alarm.metric]
+        early = not alarm.at_start and state.step <= config.after_steps
+        if early or not alarm.wrong(value, config):
+            state.bad_records.pop(key, None)
+            continue
+        first, count = state.bad_records.get(key, [state.step, 0])
+        state.bad_records[key] = [first, count + 1]
+        if count + 1 == config.records:
+            troubles.append(Trouble(alarm, first - 1, _tell(config, alarm, kind, value, first, state.step)))
+    return troubles
 
-    def look(self, kind: str, figures: Mapping[str, float], state: TrainState) -> list[Trouble]:
-        """Return the alarms that ring at a record of a kind (`train` or `valid`).
 
-        One rings at the `health.records`-th bad record in a row, and again only after a good one. What is counted is
-        kept in `state.bad_records`, so that a run that continues counts on.
-        """
-        troubles = []
-        for alarm in ALARMS:
-            if alarm.metric not in figures:
-                continue
-            key = f"{kind}: {alarm.name}"
-            value = figures[alarm.metric]
-            early = not alarm.at_start and state.step <= self.config.after_steps
-            if early or not alarm.wrong(value, self.config):
-                state.bad_records.pop(key, None)
-                continue
-            first, count = state.bad_records.get(key, [state.step, 0])
-            state.bad_records[key] = [first, count + 1]
-            if count + 1 == self.config.records:
-                troubles.append(Trouble(alarm, first - 1, self._tell(alarm, kind, value, first, state.step)))
-        return troubles
-
-    def _tell(self, alarm: Alarm, kind: str, value: float, first: int, step: int) -> str:
-        limit = getattr(self.config, alarm.limit)
-        expected = f"{'at most' if alarm.above else 'at least'} `health.{alarm.limit}` {limit:g}"
-        return (
-            f"alarm `{alarm.name}` at step {step}: {alarm.meaning} (`{alarm.metric}` in {self.config.records} "
-            f"{kind} record(s) since step {first}, now {value:.4g}, expected {expected}); {alarm.advice}"
-        )
+def _tell(config: HealthConfig, alarm: Alarm, kind: str, value: float, first: int, step: int) -> str:
+    limit = getattr(config, alarm.limit)
+    expected = f"{'at most' if alarm.above else 'at least'} `health.{alarm.limit}` {limit:g}"
+    return (
+        f"alarm `{alarm.name}` at step {step}: {alarm.meaning} (`{alarm.metric}` in {config.records} "
+        f"{kind} record(s) since step {first}, now {value:.4g}, expected {expected}); {alarm.advice}"
+    )
 
 
 def effective_rank(x: Tensor) -> float:

@@ -22,7 +22,7 @@ from harken.optim.ema import WeightAverage
 from harken.optim.groups import RateScale, set_rates
 from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
-from harken.train.health import Trouble, Watch, probe_ranks
+from harken.train.health import Trouble, look, probe_ranks
 from harken.train.log import RunLog, say
 from harken.train.metrics import Meter
 from harken.train.nonfinite import name_skipped
@@ -159,7 +159,7 @@ def _watch(run: Run, kind: str, figures: dict[str, float]) -> None:
 
     Raises HarkenError, on every rank, where an alarm is to end the run.
     """
-    for trouble in Watch(run.config.health).look(kind, figures, run.state):
+    for trouble in look(run.config.health, kind, figures, run.state):
         if run.config.health.action == "stop":
             raise HarkenError(
                 f"{trouble.text}; `health.action: stop` ends the run: the same command goes on from its last "
