@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from harken.core.errors import HarkenError
-from harken.core.files import check_replaceable, sha256_file
 from harken.interop import wavlm
 from harken.interop.fairseq_options import GROUPS, backbone_config, check_supported, hubert_config, training_config
-from harken.interop.imported import Imported, write_imported
+from harken.interop.imported import Imported, import_one
 
 NAMES: tuple[tuple[str, str], ...] = (
     (r"patch_embedding\.(weight|bias)", r"backbone.frontend.project.\1"),
@@ -35,11 +34,7 @@ def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
     Raises HarkenError when the folder holds something already, when the checkpoint cannot be read, when it is of
     another model, or when it has an option that harken does not support.
     """
-    path, folder = Path(path), Path(folder)
-    check_replaceable(folder, kind="imported model")  # before the work
-    imported = read_beats(path)
-    write_imported(folder, imported, {"format": "beats", "checkpoint": path.name, "sha256": sha256_file(path)})
-    return imported
+    return import_one(read_beats, "beats", path, folder)
 
 
 def read_beats(path: str | Path) -> Imported:

@@ -23,7 +23,6 @@ from harken.config.load import from_dict
 from harken.config.registry import build
 from harken.config.saved import load_into
 from harken.core.errors import HarkenError
-from harken.core.files import check_replaceable, sha256_file
 from harken.encoders.backbone import build_backbone
 from harken.interop.fairseq_ctc import FINETUNED, read_finetuned
 from harken.interop.fairseq_options import (
@@ -35,7 +34,7 @@ from harken.interop.fairseq_options import (
     training_config,
     wav2vec2_config,
 )
-from harken.interop.imported import Imported, classes_line, write_imported
+from harken.interop.imported import Imported, classes_line, import_one
 from harken.interop.names import rename_weights
 from harken.interop.unpickle import Record, plain, read_checkpoint
 
@@ -71,11 +70,7 @@ def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
     Raises HarkenError when the folder holds something already, when the checkpoint cannot be read, when it is of
     another model, or when it has an option that harken does not support.
     """
-    path, folder = Path(path), Path(folder)
-    check_replaceable(folder, kind="imported model")  # before the work
-    imported = read_pretrained(path)
-    write_imported(folder, imported, {"format": "fairseq", "checkpoint": path.name, "sha256": sha256_file(path)})
-    return imported
+    return import_one(read_pretrained, "fairseq", path, folder)
 
 
 def read_pretrained(path: str | Path) -> Imported:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harken.config.saved import save_model
 from harken.config.schema import RunConfig
-from harken.core.files import atomic_folder, write_json_atomic
+from harken.core.files import atomic_folder, check_replaceable, sha256_file, write_json_atomic
 from harken.data.tokens import Characters
 
 TOKENS = "tokens.txt"
@@ -38,6 +38,15 @@ class Imported:
 def classes_line(classes: Sequence[int]) -> str:
     """Return in words how many classes each codebook has."""
     return f"classes: {', '.join(map(str, classes))}"
+
+
+def import_one(read: Callable[[Path], Imported], kind: str, path: str | Path, folder: str | Path) -> Imported:
+    """Read a checkpoint of a format and write it as a model folder; see `write_imported`."""
+    path, folder = Path(path), Path(folder)
+    check_replaceable(folder, kind="imported model")  # before the work
+    imported = read(path)
+    write_imported(folder, imported, {"format": kind, "checkpoint": path.name, "sha256": sha256_file(path)})
+    return imported
 
 
 def write_imported(folder: Path, imported: Imported, source: Mapping[str, Any]) -> None:

@@ -19,11 +19,10 @@ from harken.config.load import from_dict
 from harken.config.saved import load_into
 from harken.config.schema import RunConfig
 from harken.core.errors import HarkenError
-from harken.core.files import check_replaceable, sha256_file
 from harken.encoders.backbone import build_backbone
 from harken.interop import fairseq
 from harken.interop.fairseq_options import GROUPS, check_supported, hubert_config, training_config
-from harken.interop.imported import Imported, write_imported
+from harken.interop.imported import Imported, import_one
 from harken.interop.names import rename_weights
 from harken.interop.unpickle import plain, read_checkpoint
 
@@ -45,11 +44,7 @@ def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
     Raises HarkenError when the folder holds something already, when the checkpoint cannot be read, when it is of
     another model, or when it has an option that harken does not support.
     """
-    path, folder = Path(path), Path(folder)
-    check_replaceable(folder, kind="imported model")  # before the work
-    imported = read_wavlm(path)
-    write_imported(folder, imported, {"format": "wavlm", "checkpoint": path.name, "sha256": sha256_file(path)})
-    return imported
+    return import_one(read_wavlm, "wavlm", path, folder)
 
 
 def read_wavlm(path: str | Path) -> Imported:
