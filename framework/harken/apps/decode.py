@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from harken.core.pieces import Piece
     from harken.data.loader import EvalLoader
-    from harken.decode.search import DecodeConfig, Search
+    from harken.decode.graph import Search
+    from harken.decode.search import DecodeConfig
     from harken.evaluate.hypotheses import Utterance
     from harken.objectives.base import Objective
     from harken.objectives.transcripts import Recogniser

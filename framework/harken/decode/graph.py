@@ -24,6 +24,8 @@ from harken.decode.arpa import arpa_words, open_arpa
 from harken.decode.lexicon import Lexicon, ctc_fst, lexicon_fst
 from harken.decode.ngram import BEGIN, END
 
+Search = Callable[[Tensor, Tensor], list[list[int]]]
+"""(B, T, X) of a batch, and its utterances' lengths (B,) in T -> B lists of numbers: tokens, or words of a graph."""
 PACKAGES = ("kaldifst", "kaldi-decoder", "kaldilm")
 FILES = ("HLG.fst", "words.txt", "graph.json")
 
@@ -134,7 +136,7 @@ class GraphOptions:
     acoustic_scale: float = 1.0
 
 
-def graph_search(graph: Graph, options: GraphOptions) -> Callable[[Tensor, Tensor], list[list[int]]]:
+def graph_search(graph: Graph, options: GraphOptions) -> Search:
     """Return the search: (log_probs (B, T, V) natural-log, lengths (B,) in frames) -> B lists of word numbers, from 1.
 
     It ends where the n-gram allows an end, or, where no path does, at the best state.

@@ -6,18 +6,15 @@ k2 is optional (the extra `k2`); what is used of it is in its Python reference, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harken.decode.graph import Graph, GraphOptions
+from harken.decode.graph import Graph, GraphOptions, Search
 from harken.decode.transducer import Networks
 from harken.nn.transducer.k2_lattice import load_k2
-
-Search = Callable[[Tensor, Tensor], list[list[int]]]
 
 
 def k2_graph_search(graph: Graph, options: GraphOptions) -> Search:

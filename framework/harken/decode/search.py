@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from harken.core.batch import real_mask
 from harken.core.errors import HarkenError, nearest
 from harken.decode.arpa import load_arpa
+from harken.decode.graph import Search
 from harken.decode.greedy import greedy_search
 from harken.decode.k2_search import FastBeamOptions, fast_beam_search
 from harken.decode.ngram import SPACE, NGramScorer
@@ -23,8 +24,6 @@ from harken.decode.transducer import Networks, TransducerBeam, greedy_transducer
 Method = Literal["greedy", "prefix_beam", "modified_beam", "fast_beam"]
 METHODS: tuple[Method, ...] = get_args(Method)
 WORD_BEGINNINGS = (" ", "<space>", SPACE)
-
-Search = Callable[[Tensor, Tensor], list[list[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
