@@ -1,14 +1,24 @@
-"""What several unit tests do to the tiny corpus and to files: `harken train` in this process, damage."""
+"""What several unit tests share: the tiny corpus read, `harken train` in this process, goldens, damage."""
 
 from __future__ import annotations
 
+import importlib
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from harken.apps.main import main
+from harken.core.batch import Batch
+from harken.data.dataset import Row, collate
+from harken.data.manifest import Manifest
+from harken.data.read import read_cut
 from harken.train import loop
+
+Golden = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +65,38 @@ def scores(monkeypatch):
         monkeypatch.setattr(loop, "validate", lambda engine, batches: ({"loss": next(remaining)}, []))
 
     return give
+
+
+@pytest.fixture
+def batch(corpus) -> Batch:
+    """Three cuts of different lengths with their texts."""
+    manifest = Manifest(corpus.train)
+    cuts = [manifest[place] for place in (0, 5, 9)]
+    return collate([Row(cut.id, cut.supervisions[0].text, read_cut(cut, 16000), 0) for cut in cuts])
+
+
+@pytest.fixture(scope="session")
+def read_golden() -> Callable[[Path], Golden]:
+    """Read what an original implementation returned."""
+
+    def read(path: Path) -> Golden:
+        with np.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def golden(request, read_golden) -> dict[str, Golden]:
+    """Read what lies beside the checkpoints of a module's `KINDS`."""
+    return {kind: read_golden(request.module.checkpoint(kind).with_suffix(".npz")) for kind in request.module.KINDS}
+
+
+@pytest.fixture(scope="module")
+def folders(request, tmp_path_factory) -> dict[str, Path]:
+    """Import the checkpoints of a module's `KINDS` by its `FORMAT`."""
+    root, module = tmp_path_factory.mktemp("imported"), request.module
+    importer = importlib.import_module(f"harken.interop.{module.FORMAT}")
+    for kind in module.KINDS:
+        importer.import_checkpoint(module.checkpoint(kind), root / kind)
+    return {kind: root / kind for kind in module.KINDS}

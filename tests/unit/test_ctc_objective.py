@@ -8,17 +8,7 @@ import torch
 
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
-from harken.data.dataset import Row, collate
-from harken.data.manifest import Manifest
-from harken.data.read import read_cut
 from harken.objectives.saved import build_objective, build_prepare
-
-
-@pytest.fixture
-def batch(corpus):
-    manifest = Manifest(corpus.train)
-    cuts = [manifest[place] for place in (0, 5, 9)]
-    return collate([Row(cut.id, cut.supervisions[0].text, read_cut(cut, 16000), 0) for cut in cuts])
 
 
 def make(corpus, *overrides: str, train: bool = False):

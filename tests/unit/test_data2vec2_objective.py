@@ -11,9 +11,6 @@ from harken.config.load import load
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.data.block_mask import BlockMask
-from harken.data.dataset import Row, collate
-from harken.data.manifest import Manifest
-from harken.data.read import read_cut
 from harken.nn.noise import normal_of
 from harken.objectives.saved import build_objective, build_prepare
 
@@ -32,13 +29,6 @@ def make(corpus, *overrides: str):
         for parameter in model.backbone.encoder.parameters():  # the teacher must not be the student
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model, build_prepare(config, model.backbone.spec, train=True)
-
-
-@pytest.fixture
-def batch(corpus):
-    manifest = Manifest(corpus.train)
-    cuts = [manifest[place] for place in (0, 5, 9)]
-    return collate([Row(cut.id, "", read_cut(cut, 16000), 0) for cut in cuts])
 
 
 def student_by_hand(model, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -9,17 +9,7 @@ from torch.nn import functional
 
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
-from harken.data.dataset import Row, collate
-from harken.data.manifest import Manifest
-from harken.data.read import read_cut
 from harken.objectives.saved import build_objective, build_prepare
-
-
-@pytest.fixture
-def batch(corpus):
-    manifest = Manifest(corpus.train)
-    cuts = [manifest[place] for place in (0, 5, 9)]
-    return collate([Row(cut.id, "", read_cut(cut, 16000), 0) for cut in cuts])
 
 
 def make(corpus, *overrides: str):

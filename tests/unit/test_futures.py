@@ -17,8 +17,6 @@ from harken.config.registry import build, find
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.data.dataset import Row, collate
-from harken.data.manifest import Manifest
-from harken.data.read import read_cut
 from harken.objectives.saved import build_objective, build_prepare
 
 OBJECTIVES = ("wav2vec", "cpc")
@@ -40,13 +38,6 @@ def make(corpus, objective: str, **changes: Any):
     torch.manual_seed(3)
     model = build_objective(config).eval()
     return model, build_prepare(config, model.backbone.spec, train=True)
-
-
-@pytest.fixture
-def batch(corpus):
-    manifest = Manifest(corpus.train)
-    cuts = [manifest[place] for place in (0, 5, 9)]
-    return collate([Row(cut.id, "", read_cut(cut, 16000), 0) for cut in cuts])
 
 
 def drawn(prepare, batch, epoch: int = 0):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,9 +19,8 @@ ROWS = 8
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
-    with np.load(GOLDEN / "beats.npz") as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+def golden(read_golden) -> dict[str, torch.Tensor]:
+    return read_golden(GOLDEN / "beats.npz")
 
 
 @pytest.fixture

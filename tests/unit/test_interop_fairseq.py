@@ -10,7 +10,6 @@ import types
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -22,35 +21,19 @@ from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.encoders.backbone import build_backbone
 from harken.encoders.saved import load_backbone
-from harken.interop.fairseq import Imported, import_checkpoint, read_pretrained
+from harken.interop.fairseq import Imported, read_pretrained
 from harken.interop.fairseq_options import parse_convolutions
 from harken.interop.unpickle import plain, read_checkpoint
 from harken.objectives.saved import load_objective
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/fairseq"
+FORMAT = "fairseq"
 KINDS = ("base", "large")
 LENGTHS = torch.tensor([16000, 12000])
 
 
 def checkpoint(kind: str) -> Path:
     return GOLDEN / f"fairseq_hubert_{kind}.pt"
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, dict[str, torch.Tensor]]:
-    found = {}
-    for kind in KINDS:
-        with np.load(GOLDEN / f"fairseq_hubert_{kind}.npz") as arrays:
-            found[kind] = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    return found
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("imported")
-    for kind in KINDS:
-        import_checkpoint(checkpoint(kind), root / kind)
-    return {kind: root / kind for kind in KINDS}
 
 
 def objective(folder: Path, **frontend):

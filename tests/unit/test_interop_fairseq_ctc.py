@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -73,15 +72,15 @@ class Finetuned:
 @pytest.mark.parametrize(("kind", "samples"), [("hubert", [16000, 12000]), ("wav2vec2", [16000, 16000])])
 @torch.no_grad()
 def test_letters_have_the_scores_that_the_original_s_head_gives_them(
-    tmp_path: Path, kind: str, samples: list[int]
+    tmp_path: Path, read_golden, kind: str, samples: list[int]
 ) -> None:
     finetuned = Finetuned(tmp_path, kind)
     import_checkpoint(finetuned.save(), tmp_path / "model")
     model, config = load_objective(tmp_path / "model")
     assert isinstance(model, Ctc)
     model.backbone.frontend.config = replace(model.backbone.frontend.config, normalize=False)
-    with np.load(GOLDEN / f"fairseq_{kind}_base.npz") as arrays:
-        wav, final = torch.from_numpy(arrays["wav"]), torch.from_numpy(arrays["final"])
+    golden = read_golden(GOLDEN / f"fairseq_{kind}_base.npz")
+    wav, final = golden["wav"], golden["final"]
     batch = Batch(ids=("a", "b"), inputs=wav, lengths=torch.tensor(samples), targets={}, num_targets=1.0)
     found, lengths = model.log_probs(batch)
     expected = torch.log_softmax(finetuned.head(final)[..., KEPT], dim=-1)

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,33 +14,17 @@ from harken.apps.main import main
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.encoders.saved import load_backbone
-from harken.interop.icefall import import_average, import_checkpoint, read_average
+from harken.interop.icefall import import_average, read_average
 from harken.objectives.saved import load_objective
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/icefall"
+FORMAT = "icefall"
 KINDS = ("zipformer", "hubert")
 LENGTHS = torch.tensor([16000, 12000])
 
 
 def checkpoint(kind: str) -> Path:
     return GOLDEN / f"icefall_{kind}.pt"
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, dict[str, Tensor]]:
-    found = {}
-    for kind in KINDS:
-        with np.load(GOLDEN / f"icefall_{kind}.npz") as arrays:
-            found[kind] = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    return found
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("imported")
-    for kind in KINDS:
-        import_checkpoint(checkpoint(kind), root / kind)
-    return {kind: root / kind for kind in KINDS}
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,10 +26,9 @@ def checkpoint(kind: str) -> Path:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def case(request, tmp_path_factory):
+def case(request, read_golden, tmp_path_factory):
     """What fairseq returned, and the imported model; fairseq normalises waveforms in its data set, not in its model."""
-    with np.load(GOLDEN / f"fairseq_wav2vec2_{request.param}.npz") as arrays:
-        values = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    values = read_golden(checkpoint(request.param).with_suffix(".npz"))
     folder = tmp_path_factory.mktemp("imported") / request.param
     import_checkpoint(checkpoint(request.param), folder)
     model, config = load_objective(folder)

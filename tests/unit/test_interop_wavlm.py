@@ -7,7 +7,6 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,33 +15,17 @@ from harken.config.load import from_dict
 from harken.core.errors import HarkenError
 from harken.encoders.saved import load_backbone
 from harken.interop.unpickle import read_checkpoint
-from harken.interop.wavlm import import_checkpoint, read_wavlm
+from harken.interop.wavlm import read_wavlm
 from harken.objectives.saved import build_objective
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/microsoft"
+FORMAT = "wavlm"
 KINDS = ("base", "large")
 LENGTHS = torch.tensor([16000, 12000])
 
 
 def checkpoint(kind: str) -> Path:
     return GOLDEN / f"wavlm_{kind}.pt"
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, dict[str, torch.Tensor]]:
-    found = {}
-    for kind in KINDS:
-        with np.load(GOLDEN / f"wavlm_{kind}.npz") as arrays:
-            found[kind] = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    return found
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("imported")
-    for kind in KINDS:
-        import_checkpoint(checkpoint(kind), root / kind)
-    return {kind: root / kind for kind in KINDS}
 
 
 def backbone_of(folder: Path, **frontend):

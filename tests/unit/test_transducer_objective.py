@@ -26,13 +26,6 @@ from harken.objectives.transcripts import ctc_loss
 STEPS, PLACES = 150, 6
 
 
-@pytest.fixture
-def batch(corpus):
-    manifest = Manifest(corpus.train)
-    cuts = [manifest[place] for place in (0, 5, 9)]
-    return collate([Row(cut.id, cut.supervisions[0].text, read_cut(cut, 16000), 0) for cut in cuts])
-
-
 def make(corpus, *overrides: str):
     config = corpus.config("transducer", "filterbank", "encoder.layer_drop=0", *overrides)
     torch.manual_seed(3)
