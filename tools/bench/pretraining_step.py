@@ -6,20 +6,18 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from apart import measured_apart, write_figures
 
 from harken.config.load import load
 from harken.config.registry import build
 from harken.core.batch import Batch
 from harken.core.draws import begin_micro_batch
-from harken.core.files import write_json_atomic
 from harken.core.frames import FrameSpec
 from harken.data.masking import SpanMask
 from harken.objectives.saved import build_objective
@@ -102,18 +100,13 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     found = []
-    for preset in args.presets:
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", preset]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        row = json.loads(done.stdout.splitlines()[-1])
+    for row in measured_apart(args.presets):
         found.append(row)
         print(
-            f"{preset:14} {row['parameters'] / 1e6:6.1f} M {row['seconds']:7.2f} s a step "
+            f"{row['preset']:14} {row['parameters'] / 1e6:6.1f} M {row['seconds']:7.2f} s a step "
             f"{row['audio seconds a second']:6.2f} audio s/s {row['peak MiB']:6.0f} MiB"
         )
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key not in ("only", "json")}
-        write_json_atomic(args.json, {"settings": settings, "torch": torch.__version__, "presets": found})
+    write_figures(args.json, args, "presets", found)
 
 
 if __name__ == "__main__":

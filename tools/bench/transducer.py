@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from apart import measured_apart, write_figures
 from torch import Tensor
 
-from harken.core.files import write_json_atomic
 from harken.nn.transducer.arcs import Labels, additive_arcs, joined_arcs, kept_positions, prune_starts
 from harken.nn.transducer.lattice import sum_paths
 
@@ -81,16 +79,12 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     found = []
-    for kind in KINDS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", kind]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{kind:8} {found[-1]['seconds']:8.2f} s {found[-1]['peak MiB']:8.0f} MiB")
+    for row in measured_apart(KINDS):
+        found.append(row)
+        print(f"{row['loss']:8} {row['seconds']:8.2f} s {row['peak MiB']:8.0f} MiB")
     times, memory = (found[1][key] / found[0][key] for key in ("seconds", "peak MiB"))
     print(f"full / pruned: {times:.1f} in time, {memory:.1f} in memory")
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key not in ("only", "json")}
-        write_json_atomic(args.json, {"settings": settings, "torch": torch.__version__, "losses": found})
+    write_figures(args.json, args, "losses", found)
 
 
 if __name__ == "__main__":
