@@ -10,7 +10,7 @@ import pytest
 from lhotse import CutSet
 
 from harken.apps.main import main
-from harken.data.dataset import read_batch
+from harken.data.dataset import read_whole
 from harken.data.manifest import Manifest
 from harken.encoders.backbone import hidden_rows
 from harken.encoders.saved import load_backbone
@@ -38,7 +38,7 @@ def test_lhotse_reads_what_the_model_computes(model: Path, corpus, tmp_path: Pat
     cuts = list(CutSet.from_file(tmp_path / "states/cuts.jsonl"))
     assert [cut.id for cut in cuts] == [manifest[place].id for place in range(len(manifest))]
     for place in (0, len(cuts) - 1):
-        batch = read_batch(manifest, [place], 16000, {})
+        batch = read_whole(manifest, [place], 16000, {})
         assert batch is not None
         alone = hidden_rows(backbone, batch, (0, 2))
         for layer, found in ((0, cuts[place].load_layer0()), (2, cuts[place].load_layer2())):

@@ -177,7 +177,7 @@ def read_row(
     return Row(name, text, samples, start)
 
 
-def read_batch(manifest: Manifest, places: Iterable[int], sample_rate: int, unreadable: dict[str, str]) -> Batch | None:
+def read_whole(manifest: Manifest, places: Iterable[int], sample_rate: int, unreadable: dict[str, str]) -> Batch | None:
     """Read whole cuts into a batch without targets; None where none could be read.
 
     unreadable: where the ids of those that could not be read are put, with reasons.

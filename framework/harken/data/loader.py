@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -309,8 +310,9 @@ class EvalLoader:
     def _task(self, place: int) -> Task:
         return Task.of(self.batches[min(place, len(self) - 1)])
 
+    @cached_property
     def first(self) -> Batch:
-        """Read this rank's first batch in this process: the same on every rank when there are fewer than ranks."""
+        """This rank's first batch, read in this process, once: the same on every rank if there are fewer than ranks."""
         return read_batch(self.dataset, self._task(self.rank))
 
     def __iter__(self) -> Iterator[tuple[Batch, bool]]:

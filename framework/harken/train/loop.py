@@ -141,7 +141,7 @@ def rehearse(run: Run) -> None:
     """
     if run.valid is None:
         return
-    figures, notes = validate(run.engine, [(run.valid.first(), True)])
+    figures, notes = validate(run.engine, [(run.valid.first, True)])
     _name(run, notes, " in validation")
     metric = run.config.checkpoint.metric
     if metric not in figures:
@@ -275,7 +275,7 @@ def _validate(run: Run) -> tuple[float, bool]:
     else:
         figures, notes = validate(run.engine, run.valid)
     _name(run, notes, " in validation")
-    figures |= probe_ranks(run.engine.model, run.valid.first())
+    figures |= probe_ranks(run.engine.model, run.valid.first)
     run.log.write("valid", run.state.step, figures)
     run.log.line("valid", run.state.step, figures)
     _watch(run, "valid", figures)

@@ -20,7 +20,7 @@ from harken.config.saved import find_model, weights_digest
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_path, check_replaceable, remove, write_json_atomic, write_text_atomic
 from harken.core.pieces import Piece, Pieces
-from harken.data.dataset import read_batch
+from harken.data.dataset import read_whole
 from harken.data.manifest import Manifest
 from harken.data.parallel import CHUNK, Division, in_pieces
 from harken.data.plan import rectangles
@@ -56,7 +56,7 @@ class Extraction:
             return kept, {}
         # all of the batch again where one is missing: the last bits depend on what shares it
         unreadable: dict[str, str] = {}
-        batch = read_batch(manifest, places, backbone.spec.sample_rate, unreadable)
+        batch = read_whole(manifest, places, backbone.spec.sample_rate, unreadable)
         if batch is None:
             return {}, unreadable
         read = [place for place in places if manifest.line(place)["id"] not in unreadable]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from harken.core.errors import HarkenError
 from harken.core.files import check_replaceable, remove, write_json_atomic, write_text_atomic
 from harken.core.pieces import Piece, shared_folder
-from harken.data.dataset import read_batch
+from harken.data.dataset import read_whole
 from harken.data.manifest import Manifest
 from harken.data.parallel import end_with_parent
 from harken.data.plan import rectangles
@@ -204,7 +204,7 @@ def _work(job: Job, pieces: list[int]) -> None:
         for piece in pieces:
             unreadable: dict[str, str] = {}
             for number, places in layout.pieces[piece]:
-                batch = read_batch(manifests[number], places, job.sample_rate, unreadable)
+                batch = read_whole(manifests[number], places, job.sample_rate, unreadable)
                 if batch is None:
                     continue
                 for cut, frames in zip(batch.ids, features(batch), strict=True):
