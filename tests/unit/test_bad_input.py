@@ -57,6 +57,18 @@ def test_a_missing_manifest_is_named(train, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("speed", "shortest"), [("[]", "0.026"), ("[1.0,2.0]", "0.051")])
+def test_cuts_too_short_for_a_frame_are_refused_before_any_is_read(train, speed: str, shortest: str) -> None:
+    waveform = ["frontend={name: waveform, channels: 16}", f"data.speed={speed}"]
+    status, _, error = train("ctc", *waveform, "data.min_seconds=0.025")
+    assert status == 2
+    expected = f"`data.min_seconds` must be at least {shortest}, for shorter cuts give no frame"
+    assert expected in error
+    assert "`frontend.name: waveform`, got 0.025" in error
+    status, _, error = train("ctc", *waveform, f"data.min_seconds={shortest}")
+    assert "min_seconds" not in error
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corpus_that_is_no_audio_is_one_error(train, corpus, tmp_path: Path, workers: int) -> None:
     (tmp_path / "bad.flac").write_bytes(b"")

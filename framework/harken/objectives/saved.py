@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -52,9 +53,25 @@ def build_prepare(config: RunConfig, spec: FrameSpec, *, train: bool) -> Prepare
 
 
 def preparers(config: RunConfig) -> tuple[Callable[[bool], Prepare], FrameSpec]:
-    """Return what builds the worker part for training (True) or validation, and the frontend's frame arithmetic."""
+    """Return what builds the worker part for training (True) or validation, and the frontend's frame arithmetic.
+
+    Raises HarkenError where `data.min_seconds` lets in cuts that give no frame.
+    """
     spec = cast(FrameSpec, build("frontend", config.frontend).spec)
+    _check_shortest(config, spec)
     return lambda train: build_prepare(config, spec, train=train), spec
+
+
+def _check_shortest(config: RunConfig, spec: FrameSpec) -> None:
+    """Raise HarkenError unless the shortest cut, at the fastest `data.speed`, gives a frame."""
+    fastest = max((1.0, *config.data.speed))
+    # one sample of slack: resampling rounds
+    needed = (spec.receptive_field + 1) * fastest / config.data.sample_rate
+    if config.data.min_seconds < needed:
+        raise HarkenError(
+            f"`data.min_seconds` must be at least {math.ceil(1000 * needed) / 1000:g}, for shorter cuts give no frame of "
+            f"`frontend.name: {config.frontend.name}`, got {config.data.min_seconds:g}"
+        )
 
 
 def load_objective(path: str | Path) -> tuple[Objective, RunConfig]:
