@@ -2,7 +2,7 @@
 
 A row is a folder MINUTES-START-SEED that holds a run, its scores and the commands that made them. `begin` notes where
 and from what code a row is trained, each time it begins or continues; `finish` gathers everything into its result.json;
-`table` copies the results and writes the table. compare.sh of a recipe calls all three.
+`table` adds the results to those of earlier calls and writes the table. The comparisons of a recipe call all three.
 
 Example:
   python tools/results_table.py table exp/compare --results egs/amazon_queen/results --readme egs/amazon_queen/README.md
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,9 @@ from harken.core.files import write_json_atomic, write_text_atomic
 from harken.report.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 STARTS = {"scratch": "from scratch", "pretrain1": "HuBERT iteration 1", "pretrain2": "HuBERT iteration 2"}
 SETS = ("test", "test-unseen")
-ROW = re.compile(rf"(\d+)-({'|'.join(STARTS)})-(\d+)")
+ROW = re.compile(r"(\d+)-([a-z0-9_]+)-(\d+)")
 SESSIONS = "sessions.jsonl"
 COMMANDS = ("pretraining-commands", "commands")  # the first where a row starts from a pretrained model
 # what a result does not depend on, or what making the table itself changes
@@ -55,7 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
     made = parts.add_parser("table", help="write the results and the table")
     made.add_argument("compare", type=Path, help="folder with one folder a row, named MINUTES-START-SEED")
     made.add_argument("--results", type=Path, required=True, help="folder for one JSON a row")
-    made.add_argument("--readme", type=Path, required=True, action="append", help=f"file with {BEGIN} and {END}")
+    made.add_argument("--readme", type=Path, required=True, action="append", help="file with the table's markers")
+    made.add_argument("--name", default="results", help="of the markers, <!-- NAME:begin --> and <!-- NAME:end -->")
+    made.add_argument(
+        "--start",
+        action="append",
+        metavar="START=TITLE",
+        help="a start and its name in the table, the one that others are held against first (default: HuBERT's)",
+    )
+    made.add_argument("--costs", action="store_true", help="show seconds a step and peak memory too")
     args = parser.parse_args(arguments)
     try:
         if args.part == "begin":
@@ -63,11 +71,31 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.part == "finish":
             write_json_atomic(args.row / "result.json", collect(args.row))
         else:
-            publish(args.compare, args.results, args.readme)
+            starts = dict(item.split("=", 1) for item in args.start) if args.start else STARTS
+            publish(args.compare, args.results, args.readme, Layout(args.name, starts, args.costs))
     except HarkenError as error:
         print(f"results_table: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a table shows. name: of its markers. starts: `{start: title}`, the baseline first. costs: time and memory."""
+
+    name: str = "results"
+    starts: dict[str, str] = field(default_factory=lambda: dict(STARTS))
+    costs: bool = False
+
+    @property
+    def markers(self) -> tuple[str, str]:
+        """The lines that the table stands between."""
+        return f"<!-- {self.name}:begin -->", f"<!-- {self.name}:end -->"
+
+    @property
+    def baseline(self) -> str:
+        """The start that the others are held against."""
+        return next(iter(self.starts))
 
 
 def begin(folder: Path, jobs: int) -> None:
@@ -108,6 +136,7 @@ def collect(folder: Path) -> Row:
         "steps": steps,
         "hours_of_audio": records[-1]["hours"],
         "minutes_of_training": records[-1]["wall"] / 60,
+        "peak_gib": max(record.get("memory_gib", 0.0) for record in records),
         "date": time.strftime("%F %T"),
         "machine": joined(session["machine"] for session in sessions),
         "commit": joined(session["commit"] for session in sessions),
@@ -146,44 +175,54 @@ def commit(root: Path) -> str:
     return found + ("+changes" if git("status", "--porcelain", "--untracked-files=all", "--", ".", *NO_CODE) else "")
 
 
-def publish(compare: Path, results: Path, readmes: list[Path]) -> None:
-    """Copy the result of each row, and write the table into the READMEs.
+def publish(compare: Path, results: Path, readmes: list[Path], layout: Layout) -> None:
+    """Add the result of each row to those that are kept, and write the table of all into the READMEs.
 
-    Raises HarkenError when no row is finished, or a README has no place for the table.
+    Raises HarkenError when there is no finished row, or a README has no place for the table.
     """
-    paths = [path / "result.json" for path in sorted(compare.iterdir()) if ROW.fullmatch(path.name)]
-    rows: list[Row] = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    for path in sorted(compare.iterdir()):
+        if ROW.fullmatch(path.name) and (path / "result.json").is_file():
+            row = json.loads((path / "result.json").read_text(encoding="utf-8"))
+            write_json_atomic(results / f"{row['minutes']}-{row['start']}-{row['seed']}.json", row)
+    kept: list[Row] = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    rows = [row for row in kept if row["start"] in layout.starts]
     if not rows:
-        raise HarkenError(f"no finished rows in {compare}: run compare.sh first")
+        raise HarkenError(f"no finished rows in {compare}: run the stage before first")
+    shown = table(rows, layout)
     for readme in readmes:
         where = os.path.relpath(results, readme.parent)
-        insert(readme, f"{table(rows)}\n\n{origins(rows, where)}")
-    for row in rows:
-        write_json_atomic(results / f"{row['minutes']}-{row['start']}-{row['seed']}.json", row)
-    print(table(rows))
+        insert(readme, f"{shown}\n\n{origins(rows, where)}", layout.markers)
+    print(shown)
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], layout: Layout) -> str:
     """Return the Markdown table: mean over seeds, and the sample deviation where there are several."""
     groups: dict[tuple[int, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["minutes"], row["start"]].append(row)
-    lines = [
-        (
-            "| labels | start | test CER % | test WER % | test-unseen CER % | test-unseen WER % "
-            "| CER below scratch: test, test-unseen | seeds | minutes of training |"
-        ),
-        "|---|---|---|---|---|---|---|---|---|",
+    first = layout.starts[layout.baseline].removeprefix("from ")
+    heads = [
+        *("labels", "start", "test CER %", "test WER %", "test-unseen CER %", "test-unseen WER %"),
+        *(f"CER below {first}: test, test-unseen", "seeds", "minutes of training"),
+        *(("seconds a step", "peak GiB") if layout.costs else ()),
     ]
-    for minutes, start in sorted(groups, key=lambda group: (group[0], list(STARTS).index(group[1]))):
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    order = list(layout.starts)
+    for minutes, start in sorted(groups, key=lambda group: (group[0], order.index(group[1]))):
         group = groups[minutes, start]
         figures = [figure(rates(group, part, kind)) for part in SETS for kind in ("cer", "wer")]
-        gains = [gain(group, groups.get((minutes, "scratch"), []), part) for part in SETS]
-        below = ", ".join(gains) if start != "scratch" and all(gains) else ""
+        gains = [gain(group, groups.get((minutes, layout.baseline), []), part) for part in SETS]
+        below = ", ".join(gains) if start != layout.baseline and all(gains) else ""
         spent = statistics.mean(row["minutes_of_training"] for row in group)
-        cells = [f"{minutes} min", STARTS[start], *figures, below, str(len(group)), f"{spent:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [f"{minutes} min", layout.starts[start], *figures, below, str(len(group)), f"{spent:.1f}"]
+        lines.append(f"| {' | '.join(cells + (costs(group) if layout.costs else []))} |")
     return "\n".join(lines)
+
+
+def costs(group: list[Row]) -> list[str]:
+    """Return the seconds of a step, a mean, and the largest memory."""
+    seconds = statistics.mean(60 * row["minutes_of_training"] / row["steps"] for row in group)
+    return [f"{seconds:.2f}", f"{max(row['peak_gib'] for row in group):.2f}"]
 
 
 def rates(group: list[Row], part: str, kind: str) -> list[float]:
@@ -197,11 +236,11 @@ def figure(values: list[float]) -> str:
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def gain(group: list[Row], scratch: list[Row], part: str) -> str:
-    """Return by how much the mean CER is below that from scratch, relative to it; "" without rows to compare."""
-    if not scratch:
+def gain(group: list[Row], others: list[Row], part: str) -> str:
+    """Return by how much the mean CER is below that of others, relative to it; "" without rows to compare."""
+    if not others:
         return ""
-    base = statistics.mean(rates(scratch, part, "cer"))
+    base = statistics.mean(rates(others, part, "cer"))
     return f"{100 * (1 - statistics.mean(rates(group, part, 'cer')) / base):.0f} %" if base else ""
 
 
@@ -227,17 +266,18 @@ def relative(command: str) -> str:
     return shlex.join([word.replace(f"{ROOT}/", "") for word in shlex.split(command)])
 
 
-def insert(readme: Path, text: str) -> None:
-    """Put a text between the markers of a file.
+def insert(readme: Path, text: str, markers: tuple[str, str]) -> None:
+    """Put a text between two markers of a file.
 
     Raises HarkenError when they are not there.
     """
+    begin, end = markers
     content = readme.read_text(encoding="utf-8")
-    if BEGIN not in content or END not in content:
-        raise HarkenError(f"{readme} must hold the markers {BEGIN} and {END}")
-    head, rest = content.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    write_text_atomic(readme, f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    if begin not in content or end not in content:
+        raise HarkenError(f"{readme} must hold the markers {begin} and {end}")
+    head, rest = content.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    write_text_atomic(readme, f"{head}{begin}\n{text}\n{end}{tail}")
 
 
 if __name__ == "__main__":

@@ -48,13 +48,13 @@ if ! is_whole_number "$jobs" || [ "$jobs" -lt 1 ]; then die "--jobs must be 1 or
 . "$root/egs/shared/training.sh"
 . "$root/egs/shared/units.sh"
 . "$recipe/local/hubert.sh"
+. "$recipe/local/rows.sh"
 
 data="$recipe/data"
 conf_files=()
 if [ -n "$conf" ]; then conf_files=("$conf"); fi
 units1="$exp/units1/labels" compared="$exp/compare"
-if [ ! -f "$units1/card.json" ]; then die "$units1 holds no units: run run.sh --exp $exp --stop-stage 4 first"; fi
-clusters1="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["clusters"])' "$units1/card.json")"
+clusters1="$(clusters_of "$units1")"
 
 pretrain_stage 1 "$compared/pretrain1" "$units1" "$clusters1" "$recipe/conf/compare/pretrain.yaml"
 
@@ -62,136 +62,24 @@ hidden_units_stage 2 "$compared/units2" "$clusters" 400000 "$compared/pretrain1"
 
 pretrain_stage 3 "$compared/pretrain2" "$compared/units2/labels" "$clusters" "$recipe/conf/compare/pretrain.yaml"
 
-# What decides a row's result, one `name checksum` a line.
-made_of() { # MINUTES START CONFIGURATION...
-  local minutes="$1" start="$2" configuration model=none
-  shift 2
-  configuration="$(harken_config --yaml "$@")" || return
-  if [ "$start" != scratch ]; then model="$(cat "$compared/$start"/checkpoints/*/checksums.json)" || return; fi
-  printf 'configuration %s\n' "$(sha256sum <<< "$configuration")"
-  printf 'labels %s\n' "$(cat "$data/train-${minutes}min.jsonl" "$data/dev.jsonl" "$data/tokens.txt" | sha256sum)"
-  printf 'tests %s\n' "$(cat "$data/test.jsonl" "$data/test-unseen.jsonl" | sha256sum)"
-  printf 'model %s\n' "$(sha256sum <<< "$model")"
+start_model() { # START
+  if [ "$1" != scratch ]; then echo "$compared/$1"; fi
 }
 
-# Prints why what an earlier call left of a row must not be kept, or nothing.
-row_changed() { # FOLDER MADE_OF
-  local changed
-  if [ ! -e "$1" ]; then return; fi
-  if [ "$force" = 1 ]; then
-    echo "--force"
-  elif [ ! -f "$1/made-of" ]; then
-    echo "what it was made of is not known"
-  else
-    changed="$(comm -13 <(sort "$1/made-of") <(sort <<< "$2") | cut -d' ' -f1 | paste -sd' ')"
-    if [ -n "$changed" ]; then echo "changed since: $changed"; fi
-  fi
-}
-
-# What made the model that a row starts from.
-pretraining_commands() { # START
+start_commands() { # START
   case "$1" in
     pretrain1) cat "$exp/stages/1-pretrain1.commands" ;;
     pretrain2) cat "$exp"/stages/{1-pretrain1,2-units2,3-pretrain2}.commands ;;
   esac
 }
 
-row_says() { # TEXT: in the row's log and in the stage's
-  printf '%s\n' "$1"
-  printf '%s\n' "$1" >&3
+start_configuration() { # START: of a pretrained model the two top blocks start afresh
+  if [ "$1" != scratch ]; then echo train.init_fresh_blocks=2; fi
 }
 
-# Trains, decodes and scores one row unless that is done. Its output is the row's log, where 3 is that of the stage.
-row() { # MINUTES START SEED CONFIGURATION...
-  local minutes="$1" start="$2" seed="$3" name="$1-$2-$3" out="$compared/rows/$1-$2-$3" made why configuration split
-  shift 3
-  # masks begin after about 360 steps of 20 s in every row: an epoch of 10 minutes has 30
-  configuration=("$@" "data.train=$data/train-${minutes}min.jsonl" "seed=$seed" engine.threads=1
-    "objective.mask_from_epoch=$((120 / minutes))")
-  # of a pretrained model the two top blocks start afresh
-  if [ "$start" != scratch ]; then
-    configuration+=("train.init_from=$compared/$start" train.init_fresh_blocks=2)
-  fi
-  made="$(made_of "$minutes" "$start" "${configuration[@]}")"
-  why="$(row_changed "$out" "$made")"
-  if [ -n "$why" ]; then
-    row_says "$name: begins anew ($why)"
-    put_aside "$out"
-  elif [ -f "$out/result.json" ]; then
-    row_says "$name: done before"
-    return
-  elif [ -d "$out" ]; then
-    row_says "$name: continues"
-  else
-    row_says "$name: begins"
-  fi
-  if [ ! -d "$out" ]; then
-    rm -rf "$out.new"
-    mkdir "$out.new"
-    printf '%s\n' "$made" > "$out.new/made-of"
-    mv "$out.new" "$out"
-  fi
-  stage_commands="$out/commands"
-  : > "$stage_commands"
-  pretraining_commands "$start" > "$out/pretraining-commands"
-  "$python" "$root/tools/results_table.py" begin "$out" --jobs "$jobs"
-  train_model "$out" "${configuration[@]}"
-  harken decode "$out" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out"
-  for split in test test-unseen; do
-    harken score "$out/$split.jsonl" --out "$out/$split-score"
-  done
-  "$python" "$root/tools/results_table.py" finish "$out"
-  row_says "$name: done"
-}
-
-row_ended() { # NAME STATUS
-  if [ "$2" != 0 ] && [ "$2" != 143 ]; then
-    echo "$1: FAILED with exit code $2; log: $exp/logs/compare/$1.log; its last 5 lines:" >&3
-    tail -n 5 "$exp/logs/compare/$1.log" | sed 's/^/    /' >&3
-    touch "$compared/rows/$1.failed"
-  fi
-}
-
-# A row in the background. On TERM it lets harken save, and then ends.
-run_row() { # MINUTES START SEED CONFIGURATION...
-  export OMP_NUM_THREADS=1
-  trap 'exit 143' TERM
-  # shellcheck disable=SC2064  # the name is that of now
-  trap "row_ended '$1-$2-$3' \$?" EXIT
-  row "$@"
-}
-
-# Every start of every row, `jobs` at a time, those of the first seed first so that a table can be made early.
-rows() { # MINUTES SEEDS CONFIGURATION...
-  local amounts="$1" all_seeds="$2" amount start seed failed
-  shift 2
-  for start in pretrain1 pretrain2; do
-    compgen -G "$compared/$start/checkpoints/*/checksums.json" > /dev/null ||
-      die "$compared/$start holds no pretrained model: run this again from --stage 1"
-  done
-  set +m # rows stay in the stage's process group, to which signals go
-  mkdir -p "$compared/rows" "$exp/logs/compare"
-  rm -f "$compared"/rows/*.failed
-  trap 'wait; exit 143' TERM
-  for seed in $all_seeds; do
-    for amount in $amounts; do
-      if [ "$amount" != 30 ] && [ "$seed" != "${all_seeds%% *}" ]; then continue; fi
-      for start in scratch pretrain1 pretrain2; do
-        while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
-        run_row "$amount" "$start" "$seed" "$@" 3>&1 >> "$exp/logs/compare/$amount-$start-$seed.log" 2>&1 &
-      done
-    done
-  done
-  wait
-  find "$compared/rows" -mindepth 2 -maxdepth 2 -path '*[0-9]/commands' -exec cat {} + >> "$stage_commands"
-  failed="$(find "$compared/rows" -maxdepth 1 -name '*.failed' | wc -l)"
-  if [ "$failed" != 0 ]; then
-    echo "$failed rows failed; the same command goes on with them"
-    return 1
-  fi
-}
 # data.train is the row's, and stands here because no configuration is whole without it.
-stage 4 rows "$compared/pretrain1/ $compared/pretrain2/" "$compared/rows/" rows "$minutes" "$seeds" \
+stage 4 rows "$compared/pretrain1/ $compared/pretrain2/" "$compared/rows/" rows "$minutes" 30 "$seeds" \
+  "scratch pretrain1 pretrain2" -- \
   "$recipe/conf/compare/finetune.yaml" "${conf_files[@]}" "objective.tokenizer=$data/tokens.txt" \
   "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
 

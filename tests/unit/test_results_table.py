@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ def tool() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
@@ -47,13 +49,39 @@ def test_the_table_has_means_deviations_and_gains_over_scratch(tool: ModuleType)
         row(30, "scratch", 2, 0.6),
         row(10, "pretrain2", 1, 0.7),
     ]
-    lines = tool.table(rows).splitlines()
+    lines = tool.table(rows, tool.Layout()).splitlines()
     assert lines[2:] == [
         "| 10 min | HuBERT iteration 2 | 70.0 | 140.0 | 80.0 | 140.0 |  | 1 | 3.0 |",
         "| 30 min | from scratch | 50.0 ± 14.1 | 100.0 ± 28.3 | 60.0 ± 14.1 | 100.0 ± 28.3 |  | 2 | 3.0 |",
         "| 30 min | HuBERT iteration 1 | 20.0 | 40.0 | 30.0 | 40.0 | 60 %, 50 % | 1 | 3.0 |",
     ]
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
+def test_a_table_of_other_starts_has_costs_and_a_baseline_of_its_own(tool: ModuleType) -> None:
+    layout = tool.Layout("encoders", {"a_ctc": "A, CTC", "b_ctc": "B, CTC"}, True)
+    rows = [row(30, "b_ctc", 1, 0.3, peak_gib=1.25), row(30, "a_ctc", 1, 0.4, peak_gib=2.0)]
+    rows += [row(30, "a_ctc", 2, 0.4, peak_gib=3.0, minutes_of_training=6.0)]
+    lines = tool.table(rows, layout).splitlines()
+    assert "CER below A, CTC: test, test-unseen" in lines[0]
+    assert lines[2:] == [
+        "| 30 min | A, CTC | 40.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 | 80.0 ± 0.0 |  | 2 | 4.5 | 27.00 | 3.00 |",
+        "| 30 min | B, CTC | 30.0 | 60.0 | 40.0 | 60.0 | 25 %, 20 % | 1 | 3.0 | 18.00 | 1.25 |",
+    ]
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert layout.markers == ("<!-- encoders:begin -->", "<!-- encoders:end -->")
+
+
+def test_rows_of_earlier_calls_stay_in_the_table(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "rows/10-scratch-1").mkdir(parents=True)
+    (tmp_path / "rows/10-scratch-1/result.json").write_text(json.dumps(row(10, "scratch", 1, 0.5)))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/10-scratch-2.json").write_text(json.dumps(row(10, "scratch", 2, 0.7)))
+    (tmp_path / "results/10-other-1.json").write_text(json.dumps(row(10, "other", 1, 0.7)))
+    (tmp_path / "page.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    tool.publish(tmp_path / "rows", tmp_path / "results", [tmp_path / "page.md"], tool.Layout())
+    assert "| 10 min | from scratch | 60.0 ± 14.1 |" in (tmp_path / "page.md").read_text()
+    assert len(list((tmp_path / "results").iterdir())) == 3
 
 
 def test_rows_of_other_machines_and_commits_are_told_apart(tool: ModuleType) -> None:
@@ -127,7 +155,7 @@ def test_the_table_takes_finished_rows_and_needs_its_place(tool: ModuleType, tmp
     compare.mkdir()
     call = ["table", str(compare), "--results", str(tmp_path / "results"), "--readme", str(tmp_path / "page.md")]
     assert tool.main(call) == 2
-    assert f"no finished rows in {compare}: run compare.sh first" in capsys.readouterr().err
+    assert f"no finished rows in {compare}: run the stage before first" in capsys.readouterr().err
     for name in ("10-scratch-1", "10-scratch-1.old", "10-scratch-2"):
         (compare / name).mkdir()
     for name in ("10-scratch-1", "10-scratch-1.old"):
@@ -135,7 +163,7 @@ def test_the_table_takes_finished_rows_and_needs_its_place(tool: ModuleType, tmp
     (tmp_path / "page.md").write_text("no place\n")
     assert tool.main(call) == 2
     assert "page.md must hold the markers <!-- results:begin --> and <!-- results:end -->" in capsys.readouterr().err
-    (tmp_path / "page.md").write_text(f"before\n{tool.BEGIN}\nold\n{tool.END}\nafter\n")
+    (tmp_path / "page.md").write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
     assert tool.main(call) == 0
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("before\n")

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154  # the recipe sets data, layer, conf_files
-# The stages of HuBERT that run.sh and compare.sh have both. Source it after training.sh and units.sh.
+# The stages of HuBERT that run.sh and the comparisons share. Source it after training.sh and units.sh.
 
 # Units of what pretraining reads and the report shows. Labelling uses every core, whatever trains on how many.
 queen_units() { # OUT CLUSTERS FRAMES ARGUMENT...
@@ -16,7 +16,15 @@ hidden_units_stage() { # NUMBER OUT CLUSTERS FRAMES MODEL
 }
 
 # Masked prediction of units.
-pretrain_stage() { # NUMBER OUT LABELS CLUSTERS CONFIGURATION
-  train_stage "$1" "$(basename "$2")" "$data/train.jsonl $3/" "$2" "$5" "${conf_files[@]}" "objective.classes=[$4]" \
-    "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$3]"
+pretrain_stage() { # NUMBER OUT LABELS CLUSTERS CONFIGURATION OVERRIDE...
+  local number="$1" out="$2" labels="$3" clusters="$4" configuration="$5"
+  shift 5
+  train_stage "$number" "$(basename "$out")" "$data/train.jsonl $labels/" "$out" "$configuration" "${conf_files[@]}" \
+    "objective.classes=[$clusters]" "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl" "data.labels=[$labels]" "$@"
+}
+
+# Prints the number of clusters of run.sh's units, which a comparison starts from.
+clusters_of() { # LABELS
+  if [ ! -f "$1/card.json" ]; then die "$1 holds no units: run run.sh --exp $exp --stop-stage 4 first"; fi
+  "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["clusters"])' "$1/card.json"
 }
