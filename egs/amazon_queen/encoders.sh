@@ -78,13 +78,14 @@ start_configuration() { # START
   echo "$recipe/conf/${1%%_*}.yaml"
   if [[ "$1" == *_transducer ]]; then echo "$recipe/conf/transducer.yaml"; fi
   if [ -n "$conf" ]; then echo "$conf"; fi
-  printf '%s\n' encoder.dropout=0.2 objective.mask_probability=0.3 "objective.tokenizer=$data/tokens.txt"
+  printf '%s\n' encoder.dropout=0.2 objective.mask_probability=0.3
   # an encoder whose schedules have run in pretraining does not begin them again
   if [[ "$1" == zipformer_* ]]; then echo encoder.schedule_start=100000; fi
 }
 
-stage 3 rows "$compared/" "$compared/rows/" rows "$minutes" "$minutes" "$seeds" "$starts" -- \
-  "$recipe/conf/compare/finetune.yaml" "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
+stage 3 rows "$compared/" "$compared/rows/" rows "$minutes" "$minutes" "$seeds" "$starts" \
+  "$recipe"/conf/{transformer,zipformer,transducer}.yaml "${conf:-$recipe/conf/model.yaml}" -- \
+  "$recipe/conf/compare/finetune.yaml" "objective.tokenizer=$data/tokens.txt" "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
 
 stage 4 table "$compared/rows/" "$recipe/results/encoders/" "$python" "$root/tools/results_table.py" table \
   "$compared/rows" --results "$recipe/results/encoders" --readme "$recipe/README.md" --name encoders --costs \

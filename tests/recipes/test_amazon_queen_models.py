@@ -40,9 +40,7 @@ def test_other_encoders_have_as_many_parameters_as_the_default(
 ) -> None:
     more = [CONF / "transducer.yaml"] if transducer else []
     base = CONF / mode / f"{stage}.yaml"
-    counts = [
-        parameters(base, *files, *more, overrides=OF_STAGE[stage]) for files in ([], [CONF / f"{encoder}.yaml"])
-    ]
+    counts = [parameters(base, *files, *more, overrides=OF_STAGE[stage]) for files in ([], [CONF / f"{encoder}.yaml"])]
     print(f"{mode} {stage} transducer={transducer} {encoder}: default {counts[0]:,}, this {counts[1]:,}")
     assert abs(counts[1] / counts[0] - 1) < 0.03, counts
 

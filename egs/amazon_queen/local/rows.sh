@@ -132,9 +132,12 @@ end_side_by_side() { # WHAT, as of several
 }
 
 # Every start of every row, `jobs` at a time, those of the first seed first so that a table can be made early.
-rows() { # MINUTES MINUTES-OF-ALL-SEEDS SEEDS STARTS -- CONFIGURATION...
+# FILES are those that start_configuration names: when one changes, the stage is not finished any more.
+rows() { # MINUTES MINUTES-OF-ALL-SEEDS SEEDS STARTS FILES... -- CONFIGURATION...
   local amounts="$1" seeded=" $2 " all_seeds="$3" starts="$4" amount start seed model
-  shift 5
+  shift 4
+  while [ "$1" != -- ]; do shift; done
+  shift
   for start in $starts; do
     model="$(start_model "$start")"
     if [ -n "$model" ] && ! compgen -G "$model/checkpoints/*/checksums.json" > /dev/null; then
