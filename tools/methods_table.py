@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import results_table
-
 from harken.config.registry import find
 from harken.config.saved import load_config
 from harken.core.errors import HarkenError
