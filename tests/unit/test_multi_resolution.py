@@ -74,7 +74,7 @@ def resampled(x: np.ndarray, part: Resample, frames: int) -> np.ndarray:
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("norm_first", [False, True])
 @torch.no_grad()
-def test_stages_at_two_rates(kernel: int, norm_first: bool) -> None:  # noqa: FBT001  a parameter of the test
+def test_stages_at_two_rates(kernel: int, norm_first: bool) -> None:
     encoder = make_encoder(kernel=kernel, norm_first=norm_first)
     x = torch.randn(1, 7, 8, dtype=torch.float64)
 
