@@ -1,7 +1,7 @@
 """The table of pretraining methods: what each costs, what its encoder knows before a label, and what it is worth after.
 
-`layer` prints which block of a pretrained model to look at, two thirds of the way up; `table` gathers what methods.sh left
-of each method, adds it to the results of earlier calls, and writes the table of a page.
+`layer` prints which block of a pretrained model to look at, two thirds of the way up; `table` gathers what methods.sh
+left of each method, adds it to the results of earlier calls, and writes the table of a page.
 
 Example:
   python tools/methods_table.py table exp/methods --results egs/amazon_queen/results/methods --page docs/methods.md

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a table shows. name: of its markers. starts: `{start: title}`, the baseline first. costs: time and memory."""
+    """What a table shows. name: of its markers. starts: `{start: title}`, baseline first. costs: time and memory."""
 
     name: str = "results"
     starts: dict[str, str] = field(default_factory=lambda: dict(STARTS))

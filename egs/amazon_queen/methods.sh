@@ -71,9 +71,10 @@ pretrain_method() { # METHOD
     engine.threads=1 "train.steps=$steps" "schedule.warmup_steps=$((steps / 10))"
     "checkpoint.every_steps=$steps" "train.valid_every_steps=$steps")
   if [ -n "$conf" ]; then configuration=("${configuration[0]}" "$conf" "${configuration[@]:1}"); fi
-  # whoever has classes predicts units
-  labels="$(harken_config "${configuration[@]}" | awk '$1 == "objective.classes" { print "data.labels=['"$units1"']" }')"
-  if [ -n "$labels" ]; then configuration+=("$labels"); fi
+  # whoever has classes predicts units, a store for each of them
+  labels="$(harken_config "${configuration[@]}" | awk -v units="$units1" '
+    $1 == "objective.classes" { while (gsub(/^[^0-9]*[0-9]+/, "")) list = list (list ? "," : "") units; print list }')"
+  if [ -n "$labels" ]; then configuration+=("data.labels=[$labels]"); fi
   made="configuration $(harken_config --yaml "${configuration[@]}" | sha256sum)"
   made+=$'\n'"data $(cat "$data/train.jsonl" "$units1/card.json" | sha256sum)"
   open_training "$1" "$out" "$made" model.yaml || return 0

@@ -70,6 +70,19 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "attention_dropout": 0.0,
             "input_dropout": 0.0,
         },
+        "multi_resolution": {
+            "dim": 32,
+            "layers": 3,
+            "stages": [1, 1, 1],
+            "heads": 4,
+            "ffn_dim": 64,
+            "position_kernel": 16,
+            "position_groups": 4,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "input_dropout": 0.0,
+            "layer_drop": 0.0,
+        },
         "recurrent": {"dim": 32, "layers": 2},
         "transformer": {
             "dim": 32,
@@ -166,6 +179,10 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("frontend", "waveform"): [{}, {"norm": "layer", "bias": True, "normalize": True}],
     ("encoder", "causal_convolution"): [{}, {"skip": False}],
+    ("encoder", "multi_resolution"): [
+        {},
+        {"layers": 5, "stages": [1, 1, 1, 1, 1], "factors": [2, 3], "kernel": 3, "norm_first": True},
+    ],
     ("encoder", "recurrent"): [{}, {"cell": "gru"}],
     ("encoder", "transformer"): [
         {},
@@ -183,7 +200,12 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("objective", "ctc"): [{}, {"head_upsampling": 2, "intermediate_layers": [1]}],
     ("objective", "data2vec"): [{}, {"beta": 0.5, "loss_scale": 2.0, "targets": "block"}],
     ("objective", "data2vec2"): [{}, {"inverse_mask": True, "normalize_targets": True, "utterance_weight": 1.0}],
-    ("objective", "hubert"): [{}, {"head": "linear"}, {"predict_layers": [1, 2], "head": "linear"}],
+    ("objective", "hubert"): [
+        {},
+        {"head": "linear"},
+        {"predict_layers": [1, 2], "head": "linear"},
+        {"predict_layers": [1, 2], "swap_layers": [1]},
+    ],
     ("objective", "transducer"): [{}, {"ctc_weight": 0.2, "prune_range": 2, "context": 1}],
     ("objective", "wav2vec"): [{}, {"first_step": 3, "negative_weight": 0.5}],
     ("objective", "wav2vec2"): [

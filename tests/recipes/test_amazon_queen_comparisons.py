@@ -1,4 +1,4 @@
-"""encoders.sh and methods.sh of the default recipe in miniature, with everything real: two steps of training on tones."""
+"""encoders.sh and methods.sh of the default recipe in miniature: everything real, two steps of training on tones."""
 
 from __future__ import annotations
 

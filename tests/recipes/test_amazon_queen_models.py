@@ -1,4 +1,4 @@
-"""The models of the default corpus: which have as many parameters as which, and that each method's configuration is whole."""
+"""The models of the default corpus: their numbers of parameters, and that each method's configuration is whole."""
 
 from __future__ import annotations
 

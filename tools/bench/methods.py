@@ -1,4 +1,4 @@
-"""A pretraining step of each method beside HuBERT's on the same encoder, in turn, on the default corpus. See README.md."""
+"""A step of each pretraining method beside HuBERT's on the same encoder, in turn, on the default corpus. See README.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description="Measure a pretraining step of each method beside HuBERT's on the same frontend and encoder.",
-        epilog="example: python tools/bench/methods.py --units egs/amazon_queen/exp/full/units1/labels --json speed.json",
+        epilog="example: python tools/bench/methods.py --units exp/amazon_queen/units1/labels --json speed.json",
     )
     everything = sorted(path.stem for path in METHODS.glob("*.yaml"))
     parser.add_argument("--methods", nargs="+", choices=everything, default=everything, metavar="NAME", help="all")

@@ -37,9 +37,11 @@ class Encoder(nn.Module):
     rows: tokens of a frame, which lie side by side in `dim`: the patches of one time of a grid.
     checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
     causal: no frame of any layer depends on a later frame.
+    swaps: it has `encode_swapped`.
     """
 
     causal: ClassVar[bool] = False
+    swaps: ClassVar[bool] = False
 
     dim: int
     num_layers: int
@@ -87,6 +89,27 @@ class Encoder(nn.Module):
             raise HarkenError("an extra token needs an encoder of the Transformer family, such as `transformer`")
         tokens = frames.unflatten(2, (self.rows, -1)).masked_fill(mask.unflatten(1, (-1, self.rows))[..., None], 0.0)
         return self.encode(tokens.flatten(2), lengths)
+
+    def encode_swapped(
+        self,
+        masked: Tensor,
+        whole: Tensor,
+        mask: Tensor,
+        lengths: Tensor,
+        swaps: Collection[int],
+        layers: Collection[int] = (),
+    ) -> Encoded:
+        """Encode two views of the same frames, embedded, which exchange their masked frames behind the blocks `swaps`.
+
+        masked, whole: `(B, T, embed_dim)`, with and without the mask embedding. mask: `(B, T)`, True where masked.
+        The result is that of one batch: at masked places of the frames that began as the mask embedding, whichever view
+        they are in by then, at others of the masked view. Only an encoder with `swaps` has it.
+        """
+        raise NotImplementedError
+
+    def layer_factor(self, layer: int) -> int:
+        """Return how many frames one output of a block stands for: hidden layers of more than 1 repeat it for each."""
+        return 1
 
     def visible_flops(self, frames: int, share: float) -> float:
         """Return the operations of `encode_visible` where a share of the tokens is visible; see `flops`."""

@@ -80,6 +80,8 @@ class Stack(Encoder):
     and micro-batches of a step, so no rank waits for a gradient that another does not make.
     """
 
+    swaps = True
+
     omits: ClassVar[bool] = False
     """Whether blocks compute the same where hidden tokens are taken out of the sequence."""
 
@@ -128,6 +130,12 @@ class Stack(Encoder):
     def encode(self, frames: Tensor, lengths: Tensor, layers: Collection[int] = ()) -> Encoded:
         """Encode embedded frames `(B, T, embed_dim)`; see `Encoder`."""
         self.check_layers(layers)
+        last, hidden = self.run_blocks(*self._place(frames, lengths), layers)
+        hidden = {layer: value.view_as(frames) for layer, value in hidden.items()}
+        return Encoded(last.view_as(frames), hidden, lengths)
+
+    def _place(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens of frames with positions `(B, N, D)`, zeros before them where padded, and `attend`."""
         tokens = frames.reshape(len(frames), frames.shape[1] * self.rows, -1)
         padded = padding_mask(lengths * self.rows, tokens.shape[1])
         attend = None
@@ -135,10 +143,35 @@ class Stack(Encoder):
             padded = padded.to(frames.device, non_blocking=True)
             tokens = tokens.masked_fill(padded[..., None], 0.0)
             attend = ~padded[:, None, None, :]
-        x = tokens + self.positions(tokens)
-        last, hidden = self.run_blocks(x, attend, layers)
-        hidden = {layer: value.view_as(frames) for layer, value in hidden.items()}
-        return Encoded(last.view_as(frames), hidden, lengths)
+        return tokens + self.positions(tokens), attend
+
+    def encode_swapped(
+        self,
+        masked: Tensor,
+        whole: Tensor,
+        mask: Tensor,
+        lengths: Tensor,
+        swaps: Collection[int],
+        layers: Collection[int] = (),
+    ) -> Encoded:
+        """Encode two views that exchange frames, as one batch of twice as many rows; see `Encoder`."""
+        self.check_layers(layers)
+        rows = len(masked)
+        places = mask.repeat_interleave(self.rows, 1)[..., None]
+        both = places.repeat(2, 1, 1)
+
+        def exchange(number: int, x: Tensor) -> Tensor:
+            return torch.where(both, x.roll(rows, 0), x) if number in swaps else x
+
+        def gather(number: int, x: Tensor) -> Tensor:
+            first, second = x.chunk(2)
+            crossed = sum(swap <= number for swap in swaps) % 2
+            return (torch.where(places, second, first) if crossed else first).reshape(masked.shape)
+
+        inputs = self._place(torch.cat([masked, whole]), lengths.repeat(2))
+        last, hidden = self.run_blocks(*inputs, layers, exchange)
+        found = {layer: gather(layer, value) for layer, value in hidden.items()}
+        return Encoded(gather(self.num_layers, last), found, lengths)
 
     def encode_visible(
         self, frames: Tensor, lengths: Tensor, mask: Tensor, visible: Tensor, extra: Tensor | None = None
@@ -171,25 +204,43 @@ class Stack(Encoder):
         return 2.0 * tokens * self._position_weights() + self.num_layers * self.block_flops(seen)
 
     def run_blocks(
-        self, x: Tensor, attend: Tensor | None, layers: Collection[int] = ()
+        self,
+        x: Tensor,
+        attend: Tensor | None,
+        layers: Collection[int] = (),
+        behind: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run norms and blocks over tokens with positions `(B, N, D)`; return the last and the hidden `layers`.
 
-        attend: `(B, 1, 1, N)`, True where a token may be attended to, None for all.
+        attend: `(B, 1, 1, N)`, True where a token may be attended to, None for all. behind: what is done to the output
+        of each block, called with its number.
         """
+        return self.run_stage(x, attend, self.norm, range(1, self.num_layers + 1), layers, behind)
+
+    def run_stage(
+        self,
+        x: Tensor,
+        attend: Tensor | None,
+        norm: nn.Module,
+        numbers: range,
+        layers: Collection[int] = (),
+        behind: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the blocks `numbers` (from 1) and the norm before or behind them; see `run_blocks`."""
         if not self.norm_last:
-            x = self.norm(x)
+            x = norm(x)
         x = self.dropout(x)
-        hidden = {0: x} if 0 in layers else {}
+        hidden = {0: x} if numbers[0] == 1 and 0 in layers else {}
         inputs = (attend, *self.shared(x))
-        for index, block in enumerate(self.blocks, start=1):
+        for number in numbers:
+            block = self.blocks[number - 1]
             if not (self.training and self.stack.layer_drop and shared_uniform() < self.stack.layer_drop):
                 x = checkpoint(block, x, *inputs, use_reentrant=False) if self.checkpoint_blocks else block(x, *inputs)
-            if index in layers:
-                hidden[index] = x
-        if self.norm_last:
-            x = self.norm(x)
-        return x, hidden
+            if behind is not None:
+                x = behind(number, x)
+            if number in layers:
+                hidden[number] = x
+        return (norm(x) if self.norm_last else x), hidden
 
     def shared(self, frames: Tensor) -> tuple[Tensor, ...]:
         """Return what all blocks take besides their input `(B, T, D)`, computed once a forward pass; nothing here."""

@@ -7,21 +7,24 @@ from torch import Tensor
 from harken.core.batch import real_mask
 
 
-def normalise_over_time(x: Tensor, lengths: Tensor | None, eps: float = 1e-5) -> Tensor:
+def normalise_over_time(x: Tensor, lengths: Tensor | None, eps: float = 1e-5, *, with_channels: bool = False) -> Tensor:
     """Give each channel of each sequence zero mean and unit variance over its real frames.
 
-    x: `(B, T, C)`. lengths: `(B,)` frames; None when nothing is padded.
+    x: `(B, T, C)`. lengths: `(B,)` frames; None when nothing is padded. with_channels: over frames and channels
+    together, which is a group norm of one group.
     """
+
+    def mean_of(total: Tensor) -> Tensor:
+        return total.mean(2, keepdim=True) if with_channels else total
+
     if lengths is None:
-        mean = x.mean(1, keepdim=True)
-        variance = (x - mean).square().mean(1, keepdim=True)
-        return (x - mean) * (variance + eps).rsqrt()
+        centred = x - mean_of(x.mean(1, keepdim=True))
+        return centred * (mean_of(centred.square().mean(1, keepdim=True)) + eps).rsqrt()
     lengths = lengths.to(x.device)
     real = real_mask(lengths, x.shape[1])[..., None].to(x.dtype)
     count = lengths.clamp(min=1).to(x.dtype)[:, None, None]
-    mean = (x * real).sum(1, keepdim=True) / count
-    centred = (x - mean) * real
-    variance = centred.square().sum(1, keepdim=True) / count
+    centred = (x - mean_of((x * real).sum(1, keepdim=True) / count)) * real
+    variance = mean_of(centred.square().sum(1, keepdim=True) / count)
     return centred * (variance + eps).rsqrt()
 
 

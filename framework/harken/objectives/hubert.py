@@ -22,6 +22,7 @@ from harken.core.loss import Loss, Metrics
 from harken.data.check import Cuts, Doubt
 from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
+from harken.encoders.base import Encoded
 from harken.nn.masked import summed_mean_squares
 from harken.nn.unit_heads import HeadKind, UnitHead, unit_logits
 from harken.objectives.base import Objective
@@ -29,6 +30,9 @@ from harken.units.alignment import UnitReader
 from harken.units.coverage import check_same_units
 from harken.units.random_projection import codebook_use
 from harken.units.store import LabelStore
+
+IGNORED = -100
+"""Stands for the label of a frame that a block does not predict; no class has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,10 @@ class HubertConfig(SlotConfig):
     layer_codebooks: Literal["all", "own"] = "all"
     """What each of `predict_layers` predicts: all codebooks, the loss being a mean over the layers as in Fast-HuBERT's
     criterion, or the codebook in its own place of `classes`, the loss being a sum as over HuBERT's codebooks."""
+    swap_layers: tuple[int, ...] = ()
+    """Blocks behind which a masked and an unmasked view of each utterance exchange their masked frames; the units are
+    those of the frames that began masked. Empty is HuBERT, with a masked view alone. MS-HuBERT's Swap (arXiv
+    2406.05661). All blocks then work on twice as many frames."""
     penalty_over_padding: bool = False
     """Take the mean of the features penalty over the whole batch, padding included, as fairseq and k2SSL do: the loss
     then depends on which utterances share a batch."""
@@ -71,7 +79,7 @@ class HubertConfig(SlotConfig):
         check_numbers(
             self,
             "objective",
-            positive=("classes", "mask_length", "code_dim", "temperature", "predict_layers"),
+            positive=("classes", "mask_length", "code_dim", "temperature", "predict_layers", "swap_layers"),
             not_negative=("masked_weight", "unmasked_weight", "penalty_weight"),
             shares=("mask_probability",),
         )
@@ -134,6 +142,8 @@ class Hubert(Objective):
                 f"`objective.predict_layers` must end with {last}, the encoder's last block: those above would learn "
                 f"nothing; got {list(self.layers)}"
             )
+        self._check_swaps(run.encoder.name, last)
+        self.factors = {layer: backbone.encoder.layer_factor(layer) for layer in self.layers}
         everything = tuple(range(len(config.classes)))
         own = config.layer_codebooks == "own"
         self.books = {layer: (place,) if own else everything for place, layer in enumerate(self.layers)}
@@ -168,7 +178,7 @@ class Hubert(Objective):
         """Return the cross entropy summed over masked frames and codebooks, plus the features penalty."""
         mask = batch.targets["mask"]
         frames, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {"mask": mask})
-        encoded = self.backbone.encoder.encode(x, lengths, self.layers[:-1])
+        encoded = self._encode(frames, x, mask, lengths)
         # of the last block what leaves the encoder, with the norm that some have there
         outputs = {layer: encoded.hidden.get(layer, encoded.last).flatten(0, 1) for layer in self.layers}
         labels = batch.targets["labels"].flatten(0, 1)
@@ -180,7 +190,7 @@ class Hubert(Objective):
                 metrics["label_perplexity"] = self._label_perplexity(labels[index])
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
                 picked = {layer: output[index] for layer, output in outputs.items()}
-                loss = self._predict(picked, labels[index], where, metrics)
+                loss = self._predict(picked, labels[index], index % mask.shape[1], where, metrics)
             total = total + weight * loss if weight > 0 else total
         if self.config.penalty_over_padding:
             penalty = frames.float().square().mean() * batch.num_targets
@@ -190,8 +200,29 @@ class Hubert(Objective):
         return Loss(total=encoded.penalised(total + self.config.penalty_weight * penalty), metrics=metrics)
 
     def head_flops(self, frames: int) -> float:
-        """Count the projections and the similarities, for masked and unmasked frames together."""
-        return frames * self.flops_per_frame
+        """Count the projections and the similarities, for masked and unmasked frames together, and the second view."""
+        second = self.backbone.encoder.flops(frames) if self.config.swap_layers else 0.0
+        return frames * self.flops_per_frame + second
+
+    def _check_swaps(self, encoder: str, last: int) -> None:
+        swaps = self.config.swap_layers
+        if swaps and not self.backbone.encoder.swaps:
+            raise HarkenError(
+                "`objective.swap_layers` needs an encoder of the Transformer family whose blocks have one frame rate, "
+                f"such as `transformer`, got `{encoder}`"
+            )
+        if swaps and max(swaps) >= last:
+            raise HarkenError(
+                f"`objective.swap_layers` must lie below {last}, the encoder's last block, behind which no other sees "
+                f"what was exchanged; got {list(swaps)}"
+            )
+
+    def _encode(self, frames: Tensor, x: Tensor, mask: Tensor, lengths: Tensor) -> Encoded:
+        """Encode the masked input `(B, T, D)`, with the frontend's frames `(B, T, F)` as a second view where one is."""
+        encoder, below = self.backbone.encoder, self.layers[:-1]
+        if not self.config.swap_layers:
+            return encoder.encode(x, lengths, below)
+        return encoder.encode_swapped(x, encoder.embed(frames), mask, lengths, self.config.swap_layers, below)
 
     def _label_perplexity(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the perplexity of labels `(N, C)`, a mean over codebooks, times N, and N."""
@@ -213,31 +244,38 @@ class Hubert(Objective):
         logits: list[Tensor] = self.lower_heads[str(layer)](x)
         return logits
 
-    def _predict(self, outputs: dict[int, Tensor], labels: Tensor, where: str, metrics: Metrics) -> Tensor:
+    def _predict(
+        self, outputs: dict[int, Tensor], labels: Tensor, times: Tensor, where: str, metrics: Metrics
+    ) -> Tensor:
         """Return the summed cross entropy of frames `{layer: (N, D)}` with labels `(N, C)`; record mean and accuracy.
 
-        With several layers, each has figures of its own beside those of all.
+        times: `(N,)`, places in the utterance: a block of a lower rate predicts once for each of its outputs, at the
+        first of its frames. With several layers, each has figures of its own beside those of all.
         """
         losses, hits = {}, {}
         for layer, x in outputs.items():
+            kept = times % self.factors[layer] == 0
+            own = labels.long().masked_fill(~kept[:, None], IGNORED)
             predicted = list(zip(self._logits(layer, x), self.books[layer], strict=True))
             losses[layer] = torch.stack(
-                [functional.cross_entropy(z, labels[:, book].long(), reduction="sum") for z, book in predicted]
+                [
+                    functional.cross_entropy(z, own[:, book], reduction="sum", ignore_index=IGNORED)
+                    for z, book in predicted
+                ]
             ).sum()
-            right = [(z.detach().argmax(-1) == labels[:, book]).sum() for z, book in predicted]
-            hits[layer] = (torch.stack(right).sum().float(), float(len(predicted)))
+            right = [(z.detach().argmax(-1) == own[:, book]).sum() for z, book in predicted]
+            hits[layer] = (torch.stack(right).sum().float(), kept.sum().float(), float(len(predicted)))
         loss = torch.stack(list(losses.values())).sum()
         if self.config.layer_codebooks == "all":
             loss = loss / len(losses)
-        count = loss.new_tensor(float(len(labels)))
         name = "loss" if where == "masked" else "loss_unmasked"
-        metrics[name] = (loss.detach(), count)
+        metrics[name] = (loss.detach(), loss.new_tensor(float(len(labels))))
         metrics[f"accuracy_{where}"] = (
-            torch.stack([right for right, _ in hits.values()]).sum(),
-            count * sum(books for _, books in hits.values()),
+            torch.stack([right for right, _, _ in hits.values()]).sum(),
+            torch.stack([count * books for _, count, books in hits.values()]).sum(),
         )
         if len(outputs) > 1 and where == "masked":
-            for layer, (hit, books) in hits.items():
+            for layer, (hit, count, books) in hits.items():
                 metrics[f"loss_layer{layer}"] = (losses[layer].detach(), count)
                 metrics[f"accuracy_masked_layer{layer}"] = (hit, count * books)
         return loss

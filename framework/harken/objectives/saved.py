@@ -69,8 +69,8 @@ def _check_shortest(config: RunConfig, spec: FrameSpec) -> None:
     needed = (spec.receptive_field + 1) * fastest / config.data.sample_rate
     if config.data.min_seconds < needed:
         raise HarkenError(
-            f"`data.min_seconds` must be at least {math.ceil(1000 * needed) / 1000:g}, for shorter cuts give no frame of "
-            f"`frontend.name: {config.frontend.name}`, got {config.data.min_seconds:g}"
+            f"`data.min_seconds` must be at least {math.ceil(1000 * needed) / 1000:g}, for shorter cuts give no frame "
+            f"of `frontend.name: {config.frontend.name}`, got {config.data.min_seconds:g}"
         )
 
 
