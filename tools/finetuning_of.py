@@ -1,7 +1,7 @@
 """What a fine-tuning must take over from a pretrained model: its frontend and encoder, and outputs enough for its text.
 
-Prints YAML to merge over a configuration of CTC: the frontend and encoder of the run, `objective.head_upsampling` for at
-least --tokens-per-second outputs, and, with --fresh-blocks, how many of the top blocks start afresh, at most half of them.
+Prints YAML to merge over a configuration of CTC: the frontend and encoder of the run, `objective.head_upsampling` that
+gives --tokens-per-second outputs or more, and how many top blocks start afresh: --fresh-blocks, at most half of them.
 
 Example:
   python tools/finetuning_of.py exp/methods/eat --tokens-per-second 50 --fresh-blocks 2 > model.yaml

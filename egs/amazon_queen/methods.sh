@@ -73,7 +73,7 @@ pretrain_method() { # METHOD
   if [ -n "$conf" ]; then configuration=("${configuration[0]}" "$conf" "${configuration[@]:1}"); fi
   # whoever has classes predicts units, a store for each of them
   labels="$(harken_config "${configuration[@]}" | awk -v units="$units1" '
-    $1 == "objective.classes" { while (gsub(/^[^0-9]*[0-9]+/, "")) list = list (list ? "," : "") units; print list }')"
+    $1 == "objective.classes" { sub(/#.*/, ""); while (sub(/[0-9]+/, "")) list = list (list ? "," : "") units; print list }')"
   if [ -n "$labels" ]; then configuration+=("data.labels=[$labels]"); fi
   made="configuration $(harken_config --yaml "${configuration[@]}" | sha256sum)"
   made+=$'\n'"data $(cat "$data/train.jsonl" "$units1/card.json" | sha256sum)"

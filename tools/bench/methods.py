@@ -1,4 +1,4 @@
-"""A step of each pretraining method beside HuBERT's on the same encoder, in turn, on the default corpus. See README.md."""
+"""A step of each pretraining method beside HuBERT's on the same encoder, in turn, on the default corpus. See README."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ def arguments_of(args: argparse.Namespace, method: str, *, as_hubert: bool, fold
     common = [f"data.train={args.data}/train.jsonl", f"engine.threads={args.threads}", "log.tensorboard=false"]
     path = METHODS / f"{method}.yaml"
     resolved = yaml.safe_load(to_yaml(load([path], common).config))
-    labels = [f"data.labels=[{args.units}]"]
     if not as_hubert:
-        return [str(path), *common, *(labels if "classes" in resolved["objective"] else [])]
+        stores = ",".join([str(args.units)] * len(resolved["objective"].get("classes", ())))
+        return [str(path), *common, *([f"data.labels=[{stores}]"] if stores else [])]
     model = folder / f"{method}.yaml"
     model.write_text(yaml.safe_dump({part: resolved[part] for part in ("frontend", "encoder")}), encoding="utf-8")
-    return [str(METHODS / "hubert.yaml"), str(model), *common, *labels]
+    return [str(METHODS / "hubert.yaml"), str(model), *common, f"data.labels=[{args.units}]"]
 
 
 def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, Any]:
