@@ -98,7 +98,7 @@ def test_blanks_are_shared_by_the_tokens_around_them() -> None:
 
 
 def test_labels_are_blank_where_no_token_reaches() -> None:
-    assert Aligned([5, 6], [(2, 4), (4, 5)], 7).labels.tolist() == [0, 0, 5, 5, 6, 0, 0]
+    assert Aligned.of([5, 6], [(2, 4), (4, 5)], 7).labels.tolist() == [0, 0, 5, 5, 6, 0, 0]
 
 
 def test_words_end_at_spaces_and_where_pieces_begin_one() -> None:
@@ -118,7 +118,7 @@ def test_each_text_of_a_cut_has_its_own_items_in_the_time_of_its_recording() -> 
         tokenizer=Characters(["a", "b", " "]),
     )
     line = {"start": 10.0, "supervisions": [{"text": "ab a"}, {"start": 1.0}, {"text": "b", "alignment": {"x": []}}]}
-    aligned = Aligned([1, 2, 3, 1, 3, 2], [(0, 1), (1, 3), (3, 4), (4, 5), (5, 8), (8, 9)], 12)
+    aligned = Aligned.of([1, 2, 3, 1, 3, 2], [(0, 1), (1, 3), (3, 4), (4, 5), (5, 8), (8, 9)], 12)
     annotate(line, aligned, model, model.tokenizer.symbols())
     first, silent, second = line["supervisions"]
     assert [(item[0], *np.round(item[1:3], 8)) for item in first["alignment"]["token"]] == [

@@ -48,17 +48,25 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Aligned:
-    """The tokens of a cut, their spans of outputs, wide ones, and how many outputs there are."""
+    """The tokens `(U,)` of a cut, their spans of outputs `(U, 2)`, wide ones, and how many outputs there are.
 
-    tokens: list[int]
-    spans: list[Span]
+    Arrays, as several blocks of cuts wait to be written: lists of numbers would take ten times the memory.
+    """
+
+    tokens: NDArray[np.int32]
+    spans: NDArray[np.int32]
     outputs: int
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], spans: Sequence[Span], outputs: int) -> Aligned:
+        """Pack the tokens and the spans of a cut."""
+        return cls(np.array(tokens, dtype=np.int32), np.array(spans, dtype=np.int32).reshape(-1, 2), outputs)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """The token of each output; the blank before the first and behind the last token."""
         labels = np.full(self.outputs, BLANK)
-        for token, (first, end) in zip(self.tokens, self.spans, strict=True):
+        for token, (first, end) in zip(self.tokens, self.spans.tolist(), strict=True):
             labels[first:end] = token
         return labels
 
@@ -133,7 +141,7 @@ def _align_batch(
                 f"the model gives {outputs}"
             )
         else:
-            aligned[place] = Aligned(tokens, spread(spans, outputs), outputs)
+            aligned[place] = Aligned.of(tokens, spread(spans, outputs), outputs)
     return aligned
 
 
@@ -254,11 +262,12 @@ def annotate(line: dict[str, Any], aligned: Aligned, model: CtcModel, symbols: S
     A cut with several texts has them joined by spaces, as in training: each word goes to the text that it counts in, a
     space to that of the word before it. symbols: of the classes.
     """
-    tokenizer, names = model.tokenizer, [symbols[token] for token in aligned.tokens]
+    tokenizer, tokens = model.tokenizer, aligned.tokens.tolist()
+    names = [symbols[token] for token in tokens]
     numbers = word_numbers(names)
     items: list[Item] = [
         (name, max(0.0, model.seconds(first - 0.5)), model.seconds(end - 0.5))
-        for name, (first, end) in zip(names, aligned.spans, strict=True)
+        for name, (first, end) in zip(names, aligned.spans.tolist(), strict=True)
     ]
     parts = [(part, shift) for part, shift in placed_supervisions(line) if part.get("text")]
     ends = list(accumulate(len(part["text"].split()) for part, _ in parts))
@@ -274,7 +283,7 @@ def annotate(line: dict[str, Any], aligned: Aligned, model: CtcModel, symbols: S
         add_items(part, shift, TOKENS, [item for item, own in zip(items, owners, strict=True) if own == owner])
         of_words = [
             (
-                tokenizer.decode([aligned.tokens[place] for place in own]).strip(),
+                tokenizer.decode([tokens[place] for place in own]).strip(),
                 items[own[0]][1],
                 items[own[-1]][2],
             )

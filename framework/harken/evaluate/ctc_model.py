@@ -20,7 +20,7 @@ from harken.objectives.saved import load_objective
 
 @dataclass(frozen=True, kw_only=True)
 class CtcModel:
-    """What is needed of it.
+    """What a saved `ctc` model gives for audio, without the objective that trained it.
 
     log_probs: maps a batch of waveforms to log probabilities `(B, T, V)` and their lengths `(B,)`; 0 is the blank.
     spec: of the encoder's frames. outputs_per_frame: how many of the T are made of one frame, side by side in time.
