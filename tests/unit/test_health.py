@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from harken.config.schema import HealthConfig
+from harken.core.rank import effective_rank
 from harken.objectives.ctc import Ctc
 from harken.objectives.hubert import Hubert
 from harken.train import loop
-from harken.train.health import ALARMS, effective_rank, look
+from harken.train.health import ALARMS, look
 from harken.train.state import TrainState
 from harken.units.product_quantizer import ProductQuantizer
 

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"engine", "optim", "data", "units", "nn", "config", "core"},
     "cluster": {"config", "core"},
     "decode": {"data", "nn", "config", "core"},
-    "evaluate": {"config", "core"},
+    "evaluate": {"decode", "objectives", "units", "data", *MODELS},
     "interop": {"objectives", "data", *MODELS},  # tokenizers of models that were fine-tuned
     "report": {"evaluate", "decode", "train", "data", "units", "config", "core"},
 }

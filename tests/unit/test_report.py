@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -26,14 +25,14 @@ from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
 from harken.data.tokens import Characters
+from harken.evaluate.ctc_model import CtcModel, load_ctc
 from harken.evaluate.hypotheses import Utterance, write_hypotheses
 from harken.objectives.saved import build_objective
-from harken.report.align import forced_alignment, word_spans
 from harken.report.collect import collect
 from harken.report.metrics import Curve, read_metrics, smooth, thin
 from harken.report.page import number, percent, wall
 from harken.report.plots import curves
-from harken.report.utterances import CtcModel, show_utterances
+from harken.report.utterances import show_utterances
 from harken.train.log import RunLog
 from harken.units.clusterer import fit_clusterer
 from harken.units.features import Mfcc
@@ -231,11 +230,9 @@ def test_figures_take_the_colours_of_the_page(experiment: Path) -> None:
 
 
 def test_hypotheses_are_aligned_and_a_text_outside_the_alphabet_has_no_times(experiment: Path, page: str) -> None:
-    from harken.apps.report import _load
-
-    model, valid = _load(experiment / "finetune")
+    model, run = load_ctc(experiment / "finetune")
     found = collect(experiment)
-    views, how = show_utterances(model, [str(valid)], found.hypotheses, found.stores, 5)
+    views, how = show_utterances(model, [str(run.data.valid)], found.hypotheses, found.stores, 5)
     assert "5 decoded utterances" in how
     assert [view.words.rate for view in views] == sorted(view.words.rate for view in views)
     for view in views:
@@ -284,19 +281,17 @@ def test_words_stand_where_they_are_said_whatever_the_outputs_of_a_frame(tmp_pat
 
 
 def test_outputs_of_a_model_with_two_a_frame_span_the_audio(experiment: Path, tmp_path: Path) -> None:
-    from harken.apps.report import _load
-
     views = {}
     for factor in (1, 2):
-        (plain, valid) = _load(experiment / "finetune")
+        plain, run = load_ctc(experiment / "finetune")
         (source,) = (experiment / "finetune/checkpoints").glob("step-*")
         config = load_config(source)
         config = replace(config, objective=replace(config.objective, head_upsampling=factor))
         (tmp_path / str(factor)).mkdir()
         save_model(tmp_path / str(factor), config, build_objective(config).state_dict())
-        model, _ = _load(tmp_path / str(factor))
+        model, _ = load_ctc(tmp_path / str(factor))
         assert model.spec == plain.spec
-        (views[factor],), _ = show_utterances(model, [str(valid)], [], [], 1)
+        (views[factor],), _ = show_utterances(model, [str(run.data.valid)], [], [], 1)
     one, two = views[1], views[2]
     assert len(two.output_times) == 2 * len(one.output_times)
     assert two.output_times.reshape(-1, 2).mean(1) == pytest.approx(one.output_times)
@@ -412,46 +407,6 @@ def test_a_long_curve_keeps_its_peaks_and_gaps_do_not_matter() -> None:
     assert (few.values.max(), few.values.min()) == (9.0, -9.0)
     assert few.hours.tolist() == sorted(few.hours)
     assert thin(few, 1000) is few
-
-
-@pytest.mark.parametrize("tokens", [[], [1], [1, 2], [1, 1], [2, 1, 2], [1, 1, 1]])
-def test_forced_alignment_is_the_best_of_all_paths(tokens: list[int]) -> None:
-    log_probs = torch.randn(5, 3, generator=torch.Generator().manual_seed(len(tokens))).log_softmax(-1).numpy()
-
-    def spells(path) -> list[int]:
-        return [token for token, _ in itertools.groupby(path) if token]
-
-    def score(path) -> float:
-        return sum(float(log_probs[frame, token]) for frame, token in enumerate(path))
-
-    best = max((path for path in itertools.product(range(3), repeat=5) if spells(path) == tokens), key=score)
-    runs, frame, expected = [(token, len(list(group))) for token, group in itertools.groupby(best)], 0, []
-    for token, length in runs:
-        if token:
-            expected.append((frame, frame + length))
-        frame += length
-    assert forced_alignment(log_probs, tokens, blank=0) == expected
-
-
-def test_a_text_too_long_for_the_frames_has_no_alignment() -> None:
-    log_probs = np.full((3, 4), math.log(0.25), dtype=np.float32)
-    assert forced_alignment(log_probs, [1, 2, 3], blank=0) == [(0, 1), (1, 2), (2, 3)]
-    assert forced_alignment(log_probs, [1, 2, 2], blank=0) is None
-    assert forced_alignment(log_probs[:0], [1], blank=0) is None
-
-
-def test_a_long_text_is_aligned() -> None:
-    tokens = [1, 2] * 150
-    log_probs = np.full((600, 3), -5.0, dtype=np.float32)
-    log_probs[np.arange(600), np.repeat(tokens, 2)] = -0.1
-    assert forced_alignment(log_probs, tokens, blank=0) == [(2 * place, 2 * place + 2) for place in range(300)]
-
-
-def test_words_end_at_spaces_and_where_pieces_begin_one() -> None:
-    spans = [(0, 1), (2, 3), (4, 5), (6, 9)]
-    assert word_spans(spans, ["a", "b", "<space>", "c"]) == [(0, 3), (6, 9)]
-    assert word_spans(spans, ["▁a", "b", "▁c", "d"]) == [(0, 3), (4, 9)]
-    assert word_spans(spans, ["▁", "b", "▁c", "▁d"]) == [(2, 3), (4, 5), (6, 9)]
 
 
 def test_times_and_numbers_are_written_for_people() -> None:

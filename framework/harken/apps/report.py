@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from harken.report.collect import Experiment
-    from harken.report.utterances import CtcModel, View
+    from harken.report.utterances import View
 
 HELP = "Write one self-contained HTML page: results, curves, units, speakers, some utterances, stages, configurations."
 EXAMPLE = (
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def _views(experiment: Experiment, args: argparse.Namespace) -> tuple[list[View], str]:
     """Look at some utterances; what is missing for it is noted, unless the user asked for it by an option."""
     from harken.core.errors import HarkenError
+    from harken.evaluate.ctc_model import load_ctc
     from harken.report.utterances import show_utterances
 
     last = experiment.last_run_of("ctc")
@@ -79,8 +80,8 @@ def _views(experiment: Experiment, args: argparse.Namespace) -> tuple[list[View]
         )
         return [], ""
     try:
-        ctc, valid = _load(model)
-        cuts = args.cuts or ([valid] if valid else [])
+        ctc, config = load_ctc(model)
+        cuts = args.cuts or ([config.data.valid] if config.data.valid else [])
         if not cuts:
             experiment.lacks(
                 "utterances",
@@ -99,25 +100,3 @@ def _views(experiment: Experiment, args: argparse.Namespace) -> tuple[list[View]
         command = f"harken units label {' '.join(cuts)} --clusterer KM --out {args.experiment}/more/labels"
         experiment.lacks("utterances", f"no label store holds the units of {', '.join(bare)}", command)
     return views, how
-
-
-def _load(folder: Path) -> tuple[CtcModel, str | None]:
-    """Load a CTC model for the report, and the validation manifest of its run."""
-    from harken.core.errors import HarkenError
-    from harken.data.tokens import load_tokenizer
-    from harken.objectives.ctc import Ctc, CtcConfig
-    from harken.objectives.saved import load_objective
-    from harken.report.utterances import CtcModel
-
-    model, config = load_objective(folder)
-    own = config.objective
-    if not isinstance(model, Ctc) or not isinstance(own, CtcConfig):
-        raise HarkenError(f"`--model` must be a CTC model, {folder} was trained with `{own.name}`")
-    loaded = CtcModel(
-        name=str(folder),
-        log_probs=model.log_probs,
-        spec=model.backbone.spec,
-        tokenizer=load_tokenizer(own.tokenizer),
-        outputs_per_frame=own.head_upsampling,
-    )
-    return loaded, config.data.valid

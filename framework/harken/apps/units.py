@@ -1,4 +1,4 @@
-"""`harken units fit | label | check`: clusters and labels for masked prediction."""
+"""`harken units fit | label | check | purity`: clusters and labels for masked prediction."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ FIT = (
     "harken units fit train.jsonl --out units/km --clusters 100\n"
     "  harken units fit train.jsonl --out units2/km --features hidden --model exp/pretrain1 --layer 6 --clusters 500"
 )
+PURITY = (
+    "harken units purity units/labels exp/alignment/cuts.jsonl\n"
+    "  harken units purity units/labels exp/alignment/cuts.jsonl --tier word --out purity.json"
+)
 LABEL = "harken units label train.jsonl dev.jsonl --clusterer units/km --out units/labels --jobs 8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    verbs = parser.add_subparsers(dest="units_verb", required=True, metavar="fit|label|check")
+    verbs = parser.add_subparsers(dest="units_verb", required=True, metavar="fit|label|check|purity")
     fit = add_sub_verb(verbs, "fit", "k-means on a sample of a manifest's frames", FIT)
     fit.add_argument("manifest", metavar="MANIFEST", help="indexed manifest")
     fit.add_argument("--out", required=True, type=Path, metavar="DIR", help="clusterer to write, or to replace")
@@ -55,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verbs, "check", "judge label stores; status 1 when something is wrong", "harken units check units/labels"
     )
     check.add_argument("store", nargs="+", type=Path, metavar="STORE", help="folder that `units label` wrote")
+    purity = add_sub_verb(verbs, "purity", "say how well labels follow an alignment of text or phones", PURITY)
+    purity.add_argument("store", type=Path, metavar="STORE", help="folder that `units label` wrote")
+    purity.add_argument("alignment", metavar="MANIFEST", help="with Lhotse alignments, as `harken align` writes")
+    purity.add_argument("--tier", default="token", metavar="NAME", help="alignment compared with (default: token)")
+    purity.add_argument("--out", type=Path, metavar="FILE", help="JSON to write the figures to (default: none)")
 
 
 def _feature_arguments(parser: argparse.ArgumentParser, jobs: str) -> None:
@@ -78,7 +87,7 @@ def _feature_arguments(parser: argparse.ArgumentParser, jobs: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the sub-verb."""
-    return {"fit": _fit, "label": _label, "check": _check}[args.units_verb](args)
+    return {"fit": _fit, "label": _label, "check": _check, "purity": _purity}[args.units_verb](args)
 
 
 def _features(args: argparse.Namespace) -> functools.partial[Features]:
@@ -142,6 +151,19 @@ def _check(args: argparse.Namespace) -> int:
             print(f"  warning {text}")
         status |= bool(report.problems)
     return status
+
+
+def _purity(args: argparse.Namespace) -> int:
+    from harken.core.files import write_json_atomic
+    from harken.data.alignments import Alignment
+    from harken.evaluate.purity import store_purity
+    from harken.units.store import LabelStore
+
+    found = store_purity(LabelStore(args.store), Alignment(args.alignment, args.tier))
+    print(f"{args.store} against `{args.tier}` of {args.alignment}: {found.describe()}")
+    if args.out is not None:
+        write_json_atomic(args.out, found.plain())
+    return 0
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harken.core.batch import Batch
 from harken.core.errors import HarkenError
-from harken.core.frames import FrameSpec
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
 from harken.data.read import Samples, UnreadableAudioError, read_cut
-from harken.data.tokens import BLANK, Tokenizer
+from harken.data.tokens import BLANK
+from harken.decode.alignment import forced_alignments, word_spans
 from harken.decode.greedy import greedy_search
+from harken.evaluate.ctc_model import CtcModel
 from harken.evaluate.hypotheses import read_hypotheses
 from harken.evaluate.wer import Errors, Op, align, characters, count, words
-from harken.report.align import forced_alignment, word_spans
 from harken.report.collect import Store
 from harken.units.store import LabelStore
 
@@ -30,34 +29,6 @@ READABLE_SECONDS = (2.0, 8.0)
 MOST_LINES = 2000
 
 Times = list[tuple[float, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CtcModel:
-    """A CTC model as this package needs it, which imports no objective.
-
-    log_probs: maps a batch of waveforms to log probabilities `(B, T, V)` and their lengths `(B,)`; 0 is the blank.
-    spec: of the encoder's frames. outputs_per_frame: how many of the T are made of one frame, side by side in time.
-    """
-
-    name: str
-    log_probs: Callable[[Batch], tuple[Tensor, Tensor]]
-    spec: FrameSpec
-    tokenizer: Tokenizer
-    outputs_per_frame: int = 1
-
-    @property
-    def output_seconds(self) -> float:
-        """Seconds between two outputs."""
-        return self.spec.stride / self.outputs_per_frame / self.spec.sample_rate
-
-    def seconds(self, output: float) -> float:
-        """Return where in the audio an output has its middle; half an output less is the boundary before it.
-
-        The outputs of a frame share out its stride around the middle of what the frame saw.
-        """
-        first = (self.spec.receptive_field - 1) / 2 / self.spec.sample_rate
-        return first + (output - (self.outputs_per_frame - 1) / 2) * self.output_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +181,8 @@ def _view(one: _Candidate, model: CtcModel, stores: Sequence[Store]) -> View:
         characters=count(align(characters(one.ref), characters(hyp))),
         ref=one.ref,
         hyp=hyp,
-        ref_times=_times(one.ref, scores, model),
-        hyp_times=_times(hyp, scores, model),
+        ref_times=_times(one.ref, log_probs, lengths, model),
+        hyp_times=_times(hyp, log_probs, lengths, model),
     )
 
 
@@ -225,12 +196,12 @@ def _units(store: Store, cut: str) -> UnitRow | None:
     return UnitRow(name=store.name, edges=edges, values=values)
 
 
-def _times(text: str, scores: NDArray[np.float32], model: CtcModel) -> Times:
+def _times(text: str, log_probs: Tensor, lengths: Tensor, model: CtcModel) -> Times:
     try:
         tokens = model.tokenizer.encode(text)
     except HarkenError:  # a text with characters that the model does not know has no path
         return []
-    spans = forced_alignment(scores, tokens, blank=BLANK)
+    (spans,) = forced_alignments(log_probs, lengths, [tokens], blank=BLANK)
     if spans is None:
         return []
     symbols = model.tokenizer.symbols()

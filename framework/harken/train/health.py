@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from harken.config.schema import HealthConfig
 from harken.core import distributed
 from harken.core.batch import Batch, real_mask
+from harken.core.rank import effective_rank
 from harken.train.state import TrainState
 
 
@@ -130,23 +131,6 @@ def _tell(config: HealthConfig, alarm: Alarm, kind: str, value: float, first: in
         f"alarm `{alarm.name}` at step {step}: {alarm.meaning} (`{alarm.metric}` in {config.records} "
         f"{kind} record(s) since step {first}, now {value:.4g}, expected {expected}); {alarm.advice}"
     )
-
-
-def effective_rank(x: Tensor) -> float:
-    """Return how many directions the rows of `(N, D)` fill, from 1 to min(N, D): exp of the singular values' entropy.
-
-    Rows are taken from their mean, which the paper does not: a direction that all frames share tells none apart, and
-    would hide a collapse or look like one. Rows that are equal up to rounding have rank 1.
-    Source: RankMe, arXiv 2210.02885 equation 1.
-    """
-    x = x.detach().double()
-    centred = x - x.mean(0)
-    if float(centred.norm()) <= 1e-5 * float(x.norm()):  # float32 keeps seven digits: what is left is rounding
-        return 1.0
-    short = centred.T @ centred if x.shape[0] > x.shape[1] else centred @ centred.T
-    singular = torch.linalg.eigvalsh(short).clamp(min=0).sqrt()
-    shares = singular / singular.sum()
-    return float((-torch.xlogy(shares, shares).sum()).exp())
 
 
 def probe_ranks(model: nn.Module, batch: Batch) -> dict[str, float]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from harken.config.saved import find_model, weights_digest
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, check_replaceable, remove, write_json_atomic, write_text_atomic
+from harken.core.files import atomic_path, check_replaceable, remove, write_json_atomic
 from harken.core.pieces import Piece, Pieces
 from harken.data.dataset import read_whole
 from harken.data.manifest import Manifest
@@ -26,6 +26,7 @@ from harken.data.parallel import CHUNK, Division, in_pieces
 from harken.data.plan import rectangles
 from harken.encoders.backbone import Backbone, hidden_rows
 from harken.encoders.saved import load_backbone
+from harken.units.store import write_reasons
 
 CARD, CUTS, UNREADABLE = "card.json", "cuts.jsonl", "unreadable.tsv"
 FILES_OF_A_FOLDER = 1000
@@ -174,8 +175,7 @@ def _complete(
     spec = backbone.spec
     with atomic_path(work.out / CUTS) as path:
         CutSet.from_cuts(_with_states(work, manifest, spec.stride / spec.sample_rate, shapes)).to_file(path)
-    lines = "".join(f"{cut}\t{reason}\n" for cut, reason in sorted(unreadable.items()))
-    write_text_atomic(work.out / UNREADABLE, lines)
+    write_reasons(work.out / UNREADABLE, unreadable)
     rate = {"sample_rate": spec.sample_rate, "hop": spec.stride, "center": (spec.receptive_field - 1) / 2}
     write_json_atomic(work.out / CARD, {**plan, **rate, "dim": backbone.dim, "cuts": len(shapes)})
     remove(work.out / "pieces")

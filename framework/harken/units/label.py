@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from harken.core.errors import HarkenError
-from harken.core.files import check_replaceable, remove, write_json_atomic, write_text_atomic
+from harken.core.files import check_replaceable, remove, write_json_atomic
 from harken.core.pieces import Piece, shared_folder
 from harken.data.dataset import read_whole
 from harken.data.manifest import Manifest
@@ -30,7 +30,7 @@ from harken.data.parallel import end_with_parent
 from harken.data.plan import rectangles
 from harken.units.clusterer import Clusterer
 from harken.units.features import Features
-from harken.units.store import TOLERANCE, Card, make_lookup, write_lookup
+from harken.units.store import Card, begin_store, fit_length, order_entries, write_reasons
 
 BATCHES_OF_A_PIECE = 8
 MakeFeatures = Callable[[], Features]
@@ -78,7 +78,7 @@ def label(job: Job, processes: int, say: Callable[[str], None], piece: Piece | N
         center=(features.spec.receptive_field - 1) / 2,
         features=clusterer.features,
         clusterer=clusterer.digest,
-        dtype="uint8" if len(clusterer.centroids) <= 256 else "uint16",
+        dtype=Card.smallest_dtype(len(clusterer.centroids)),
         cuts=len(layout.ids),
         labels=int(layout.index[-1]),
     )
@@ -115,11 +115,7 @@ def plan_layout(job: Job, features: Features) -> Layout:
             entries.append(
                 (str(manifest.line(place)["id"]), int(features.spec.num_frames(round(duration * job.sample_rate))))
             )
-    entries.sort()
-    ids = [name for name, _ in entries]
-    if len(set(ids)) != len(ids):
-        raise HarkenError(f"a cut id occurs twice in {', '.join(job.manifests)}: labels are keyed by id")
-    index = np.cumsum([0, *(count for _, count in entries)], dtype=np.int64)
+    ids, index = order_entries(entries, ", ".join(job.manifests))
     pieces = [batches[start : start + BATCHES_OF_A_PIECE] for start in range(0, len(batches), BATCHES_OF_A_PIECE)]
     return Layout(ids, index, {name: row for row, name in enumerate(ids)}, pieces)
 
@@ -145,11 +141,7 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
 def _make_store(job: Job, layout: Layout, card: Card, plan: dict[str, Any]) -> None:
     with shared_folder(job.out) as folder:  # killed before it is whole, it has not begun; pieces may begin at once
         (folder / "pieces").mkdir()
-        write_text_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in layout.ids))
-        write_lookup(folder, make_lookup(folder))
-        np.save(folder / "index.npy", layout.index)
-        with (folder / "labels.bin").open("wb") as stream:
-            stream.truncate(card.labels * np.dtype(card.dtype).itemsize)
+        begin_store(folder, layout.ids, layout.index, card)
         write_json_atomic(folder / "plan.json", plan)
 
 
@@ -198,7 +190,7 @@ def _work(job: Job, pieces: list[int]) -> None:
     layout = plan_layout(job, features)
     clusterer = Clusterer.load(job.clusterer)
     manifests = [Manifest(path) for path in job.manifests]
-    dtype = np.dtype("uint8" if len(clusterer.centroids) <= 256 else "uint16")
+    dtype = np.dtype(Card.smallest_dtype(len(clusterer.centroids)))
     descriptor = os.open(job.out / "labels.bin", os.O_WRONLY)
     try:
         for piece in pieces:
@@ -210,7 +202,7 @@ def _work(job: Job, pieces: list[int]) -> None:
                 for cut, frames in zip(batch.ids, features(batch), strict=True):
                     row = layout.rows[cut]
                     first, last = int(layout.index[row]), int(layout.index[row + 1])
-                    labels = _fit_length(clusterer(frames), last - first, cut, unreadable)
+                    labels = fit_length(clusterer(frames), last - first, cut, unreadable)
                     os.pwrite(descriptor, labels.astype(dtype).tobytes(), first * dtype.itemsize)
             os.fsync(descriptor)
             write_json_atomic(_marker(job.out, piece), {"unreadable": unreadable})
@@ -218,23 +210,12 @@ def _work(job: Job, pieces: list[int]) -> None:
         os.close(descriptor)
 
 
-def _fit_length(labels: NDArray[Any], expected: int, cut: str, unreadable: dict[str, str]) -> NDArray[Any]:
-    """Give a cut exactly the labels its duration promises; what differs by more than the tolerance is named."""
-    if abs(len(labels) - expected) > TOLERANCE:
-        unreadable[cut] = f"cut `{cut}` gives {len(labels)} frames where its duration promises {expected}"
-    if len(labels) < expected:
-        labels = np.pad(labels, (0, expected - len(labels)), mode="edge" if len(labels) else "constant")
-    return labels[:expected]
-
-
 def _finish(job: Job, layout: Layout, card: Card) -> dict[str, str]:
     """Complete the store; return the cuts whose audio could not be labelled, with reasons."""
     unreadable: dict[str, str] = {}
     for piece in range(len(layout.pieces)):
         unreadable.update(json.loads(_marker(job.out, piece).read_text())["unreadable"])
-    write_text_atomic(
-        job.out / "unreadable.tsv", "".join(f"{cut}\t{reason}\n" for cut, reason in sorted(unreadable.items()))
-    )
+    write_reasons(job.out / "unreadable.tsv", unreadable)
     card.write(job.out)
     remove(job.out / "pieces")
     return unreadable

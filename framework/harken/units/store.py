@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from harken.core.draws import key
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_path, write_json_atomic
+from harken.core.files import atomic_path, write_json_atomic, write_text_atomic
 
 TOLERANCE = 2
 """Labels by which what a file gives may differ from what its stated duration promises."""
@@ -69,6 +69,11 @@ class Card:
         window = 2 * self.center + 1
         samples = np.rint(np.asarray(seconds, dtype=np.float64) * self.sample_rate)
         return np.maximum((samples - window) // self.hop + 1, 0).astype(np.int64)
+
+    @classmethod
+    def smallest_dtype(cls, clusters: int) -> str:
+        """Return the type of labels below `clusters`."""
+        return "uint8" if clusters <= 256 else "uint16"
 
     def write(self, folder: Path) -> None:
         """Write card.json into the folder of a store."""
@@ -209,3 +214,38 @@ def write_lookup(folder: Path, lookup: NDArray[np.uint64]) -> None:
     """Write lookup.npy into the folder of a store."""
     with atomic_path(folder / "lookup.npy") as temporary, temporary.open("wb") as stream:
         np.save(stream, lookup)
+
+
+def order_entries(entries: Iterable[tuple[str, int]], source: str) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the ids of (id, number of labels) sorted, and `LabelStore.index` for them.
+
+    source: where they are from. Raises HarkenError when an id occurs twice.
+    """
+    ordered = sorted(entries)
+    ids = [name for name, _ in ordered]
+    if len(set(ids)) != len(ids):
+        raise HarkenError(f"a cut id occurs twice in {source}: labels are keyed by id")
+    return ids, np.cumsum([0, *(count for _, count in ordered)], dtype=np.int64)
+
+
+def begin_store(folder: Path, ids: list[str], index: NDArray[np.int64], card: Card) -> None:
+    """Write into a folder all of a store but its card, the labels all 0."""
+    write_text_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in ids))
+    write_lookup(folder, make_lookup(folder))
+    np.save(folder / "index.npy", index)
+    with (folder / "labels.bin").open("wb") as stream:
+        stream.truncate(card.labels * np.dtype(card.dtype).itemsize)
+
+
+def fit_length(labels: NDArray[Any], expected: int, cut: str, unreadable: dict[str, str]) -> NDArray[Any]:
+    """Give a cut exactly the labels its duration promises; what differs by more than the tolerance is named."""
+    if abs(len(labels) - expected) > TOLERANCE:
+        unreadable[cut] = f"cut `{cut}` gives {len(labels)} frames where its duration promises {expected}"
+    if len(labels) < expected:
+        labels = np.pad(labels, (0, expected - len(labels)), mode="edge" if len(labels) else "constant")
+    return labels[:expected]
+
+
+def write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
+    """Write a file of cuts that were left out, a line each: the id, a tab, the reason."""
+    write_text_atomic(path, "".join(f"{cut}\t{reason}\n" for cut, reason in sorted(reasons.items())))
