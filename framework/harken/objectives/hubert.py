@@ -22,6 +22,7 @@ from harken.core.loss import Loss, Metrics
 from harken.data.check import Cuts, Doubt
 from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
+from harken.encoders.base import Encoded
 from harken.nn.masked import summed_mean_squares
 from harken.nn.unit_heads import HeadKind, UnitHead, unit_logits
 from harken.objectives.base import Objective
@@ -85,6 +86,10 @@ class HubertConfig(SlotConfig):
                 f"`objective.classes`, got {len(self.predict_layers)} and {len(self.classes)}"
             )
 
+    def span_mask(self) -> SpanMask:
+        """Return what draws masks."""
+        return SpanMask(probability=self.mask_probability, length=self.mask_length)
+
 
 @dataclass(frozen=True)
 class HubertPrepare:
@@ -134,6 +139,7 @@ class Hubert(Objective):
                 f"`objective.predict_layers` must end with {last}, the encoder's last block: those above would learn "
                 f"nothing; got {list(self.layers)}"
             )
+        self.hidden_layers = self.layers[:-1]
         everything = tuple(range(len(config.classes)))
         own = config.layer_codebooks == "own"
         self.books = {layer: (place,) if own else everything for place, layer in enumerate(self.layers)}
@@ -155,8 +161,7 @@ class Hubert(Objective):
             stores = config.data.valid_labels
             for folder, other in zip(config.data.labels, stores, strict=True):
                 check_same_units(LabelStore(folder).card, LabelStore(other).card)
-        mask = SpanMask(probability=own.mask_probability, length=own.mask_length)
-        return HubertPrepare(spec, mask, UnitReader(stores, spec, own.classes), own.unmasked_weight)
+        return HubertPrepare(spec, own.span_mask(), UnitReader(stores, spec, own.classes), own.unmasked_weight)
 
     @staticmethod
     def fingerprint(config: RunConfig) -> dict[str, str]:
@@ -168,7 +173,7 @@ class Hubert(Objective):
         """Return the cross entropy summed over masked frames and codebooks, plus the features penalty."""
         mask = batch.targets["mask"]
         frames, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {"mask": mask})
-        encoded = self.backbone.encoder.encode(x, lengths, self.layers[:-1])
+        encoded = self.backbone.encoder.encode(x, lengths, self.hidden_layers)
         # of the last block what leaves the encoder, with the norm that some have there
         outputs = {layer: encoded.hidden.get(layer, encoded.last).flatten(0, 1) for layer in self.layers}
         labels = batch.targets["labels"].flatten(0, 1)
@@ -187,7 +192,12 @@ class Hubert(Objective):
         else:
             penalty = summed_mean_squares(frames, lengths, mask.sum(1))
         metrics["features_penalty"] = (penalty.detach(), penalty.new_tensor(batch.num_targets))
-        return Loss(total=encoded.penalised(total + self.config.penalty_weight * penalty), metrics=metrics)
+        total = self.add_terms(total + self.config.penalty_weight * penalty, encoded, batch, metrics)
+        return Loss(total=encoded.penalised(total), metrics=metrics)
+
+    def add_terms(self, total: Tensor, encoded: Encoded, batch: Batch, metrics: Metrics) -> Tensor:
+        """Return the summed loss with what a method adds to HuBERT's, and add its figures to `metrics`."""
+        return total
 
     def head_flops(self, frames: int) -> float:
         """Count the projections and the similarities, for masked and unmasked frames together."""
