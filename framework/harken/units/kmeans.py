@@ -108,6 +108,8 @@ def cosine_clusters(points: Tensor, real: Tensor, starts: Tensor, passes: int) -
     clusters begin, -1 for clusters that are none. passes: how often centroids move. A cluster that is empty stays
     where it was. Source: `KMeans(mode="cosine")` of fast_pytorch_kmeans, which begins at random points.
     """
+    if not points.shape[1]:  # no point to begin at
+        return real.long()
     with torch.autocast(points.device.type, enabled=False):
         points, weights = points.float(), real[..., None].float()
         centroids = points.gather(1, starts.clamp(min=0)[..., None].expand(-1, -1, points.shape[-1]))
