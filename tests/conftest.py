@@ -65,6 +65,24 @@ class Corpus:
             },
             "wav2vec2": {"name": "wav2vec2", "entries": 6, "code_dim": 16, "negatives": 8, "mask_length": 4},
             "data2vec": {"name": "data2vec", "top_layers": 2, "mask_length": 4},
+            "data2vec_aqc": {
+                "name": "data2vec_aqc",
+                "top_layers": 2,
+                "mask_length": 4,
+                "entries": 6,
+                "code_dim": 16,
+                "negatives": 8,
+                "cluster_factor": 4,
+            },
+            "unispeech_sat": {
+                "name": "unispeech_sat",
+                "classes": [CLUSTERS],
+                "code_dim": 16,
+                "mask_length": 4,
+                "contrast_layer": 1,
+                "entries": 6,
+                "instances": 8,
+            },
             "cpc": {"name": "cpc", "steps": 3, "negatives": 5, "heads": 4, "ffn_dim": 16},
             "wav2vec": {"name": "wav2vec", "steps": 3, "negatives": 5},
         }
@@ -77,7 +95,7 @@ class Corpus:
             "schedule": {"name": "constant", "rate": 1e-3, "warmup_steps": 2},
             "data": {
                 "train": str(self.train),
-                "labels": [str(self.labels)] if objective == "hubert" else [],
+                "labels": [str(self.labels)] if "classes" in parts[objective] else [],
                 "max_seconds": 3.1,
                 "workers": 0,
             },

@@ -26,7 +26,7 @@ def rows(exp: Path, kind: str) -> list[dict[str, float]]:
     return [record for record in records if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("objective", ["hubert", "wav2vec2", "data2vec"])
+@pytest.mark.parametrize("objective", ["hubert", "wav2vec2", "data2vec", "data2vec_aqc", "unispeech_sat"])
 def test_no_alarm_rings_in_a_sound_run(train, corpus, tmp_path: Path, objective: str) -> None:
     status, out, error = train(objective, *EAGER, f"data.valid={corpus.valid}", steps=4)
     assert status == 0, error
@@ -104,6 +104,8 @@ def overflow(monkeypatch) -> None:
         ("frontend collapsed", "hubert", constant_frontend, ()),
         ("labels degenerate", "hubert", one_label, ()),
         ("codebook collapse", "wav2vec2", one_code, ()),
+        ("codebook collapse", "data2vec_aqc", one_code, ()),
+        ("codebook collapse", "unispeech_sat", one_code, ()),
         ("CTC blank only", "ctc", blanks, ()),
         ("loss scale loop", "hubert", overflow, ("log.every_steps=2",)),
     ],

@@ -35,10 +35,12 @@ class Objective(nn.Module):
     It is built as `cls(config, run=run_config, backbone=backbone)`. Its backbone's parameters are named `backbone.*`.
     needs_causal: it predicts what an encoder that sees later frames would copy (`Encoder.causal`).
     uses_mask_embedding: it masks frames by the backbone's embedding. One that does not leaves it to fine-tuning.
+    compares_utterances: it tells utterances of a micro-batch apart, so the loss of one depends on the others.
     """
 
     needs_causal: ClassVar[bool] = False
     uses_mask_embedding: ClassVar[bool] = True
+    compares_utterances: ClassVar[bool] = False
 
     backbone: Backbone
 

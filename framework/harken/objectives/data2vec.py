@@ -22,6 +22,7 @@ from harken.core.frames import FrameSpec
 from harken.core.loss import Loss, Metrics
 from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
+from harken.encoders.base import Encoded
 from harken.encoders.teacher import Kind, Teacher
 from harken.objectives.base import Objective, Prepare
 
@@ -78,6 +79,10 @@ class Data2vecConfig(SlotConfig):
             shares=("mask_probability", "ema_start", "ema_end"),
         )
 
+    def span_mask(self) -> SpanMask:
+        """Return what draws masks."""
+        return SpanMask(probability=self.mask_probability, length=self.mask_length, at_least=1)
+
     def decay(self, step: int, times: float = 1.0) -> float:
         """Return the teacher's decay after optimiser step `step`; times: see `BatchConfig.times`."""
         done = min(1.0, step * times / self.ema_steps)
@@ -124,24 +129,29 @@ class Data2vec(Objective):
 
     def head(self, run: RunConfig) -> int:
         """Make what predicts targets; return their width."""
-        self.mask = _mask(self.config)
+        self.mask = self.config.span_mask()
         self.project = nn.Linear(self.backbone.dim, self.backbone.dim)
         return self.backbone.dim
 
     @staticmethod
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> Prepare:
         """Return what draws masks; in validation too, as the loss is over masked frames."""
-        return Data2vecPrepare(spec, _mask(cast(Data2vecConfig, config.objective)))
+        return Data2vecPrepare(spec, cast(Data2vecConfig, config.objective).span_mask())
 
     def forward(self, batch: Batch) -> Loss:
         """Return the error summed over channels, times the scale, summed over masked frames."""
-        masked = batch.targets["masked"]
         frames, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {"mask": batch.targets["mask"]})
         encoded = self.backbone.encoder.encode(x, lengths)
+        total, metrics = self.regress(encoded, self.teacher(frames.detach(), lengths), batch)
+        return Loss(total=encoded.penalised(total), metrics=metrics)
+
+    def regress(self, encoded: Encoded, targets: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Return the error of a student's predictions of targets `(B, T, D)` at masked frames, and its figures."""
+        masked = batch.targets["masked"]
         predicted = self.project(encoded.last.flatten(0, 1)[masked]).float()
-        target = self.teacher(frames.detach(), lengths).flatten(0, 1)[masked]
+        target = targets.flatten(0, 1)[masked]
         total = self.errors(predicted, target).sum()
-        return Loss(total=encoded.penalised(total), metrics=self.figures(total, predicted, target, batch))
+        return total, self.figures(total, predicted, target, batch)
 
     def errors(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Return the scaled errors `(N,)` of predictions `(N, D)`, summed over channels."""
@@ -194,10 +204,6 @@ class Data2vec(Objective):
         """Count the projection of masked frames, and the teacher, which has no backward pass."""
         project = 2.0 * frames * self.mask.expected_share * self.project.weight.numel()
         return project + self.backbone.encoder.flops(frames) / 3.0
-
-
-def _mask(config: Data2vecConfig) -> SpanMask:
-    return SpanMask(probability=config.mask_probability, length=config.mask_length, at_least=1)
 
 
 def _moments(x: Tensor) -> Tensor:

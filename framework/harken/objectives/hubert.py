@@ -93,6 +93,10 @@ class HubertConfig(SlotConfig):
                 f"`objective.classes`, got {len(self.predict_layers)} and {len(self.classes)}"
             )
 
+    def span_mask(self) -> SpanMask:
+        """Return what draws masks."""
+        return SpanMask(probability=self.mask_probability, length=self.mask_length)
+
 
 @dataclass(frozen=True)
 class HubertPrepare:
@@ -144,6 +148,7 @@ class Hubert(Objective):
             )
         self._check_swaps(run.encoder.name, last)
         self.factors = {layer: backbone.encoder.layer_factor(layer) for layer in self.layers}
+        self.hidden_layers = self.layers[:-1]
         everything = tuple(range(len(config.classes)))
         own = config.layer_codebooks == "own"
         self.books = {layer: (place,) if own else everything for place, layer in enumerate(self.layers)}
@@ -165,8 +170,7 @@ class Hubert(Objective):
             stores = config.data.valid_labels
             for folder, other in zip(config.data.labels, stores, strict=True):
                 check_same_units(LabelStore(folder).card, LabelStore(other).card)
-        mask = SpanMask(probability=own.mask_probability, length=own.mask_length)
-        return HubertPrepare(spec, mask, UnitReader(stores, spec, own.classes), own.unmasked_weight)
+        return HubertPrepare(spec, own.span_mask(), UnitReader(stores, spec, own.classes), own.unmasked_weight)
 
     @staticmethod
     def fingerprint(config: RunConfig) -> dict[str, str]:
@@ -197,7 +201,12 @@ class Hubert(Objective):
         else:
             penalty = summed_mean_squares(frames, lengths, mask.sum(1))
         metrics["features_penalty"] = (penalty.detach(), penalty.new_tensor(batch.num_targets))
-        return Loss(total=encoded.penalised(total + self.config.penalty_weight * penalty), metrics=metrics)
+        total = self.add_terms(total + self.config.penalty_weight * penalty, encoded, batch, metrics)
+        return Loss(total=encoded.penalised(total), metrics=metrics)
+
+    def add_terms(self, total: Tensor, encoded: Encoded, batch: Batch, metrics: Metrics) -> Tensor:
+        """Return the summed loss with what a method adds to HuBERT's, and add its figures to `metrics`."""
+        return total
 
     def head_flops(self, frames: int) -> float:
         """Count the projections and the similarities, for masked and unmasked frames together, and the second view."""
@@ -219,7 +228,7 @@ class Hubert(Objective):
 
     def _encode(self, frames: Tensor, x: Tensor, mask: Tensor, lengths: Tensor) -> Encoded:
         """Encode the masked input `(B, T, D)`, with the frontend's frames `(B, T, F)` as a second view where one is."""
-        encoder, below = self.backbone.encoder, self.layers[:-1]
+        encoder, below = self.backbone.encoder, self.hidden_layers
         if not self.config.swap_layers:
             return encoder.encode(x, lengths, below)
         return encoder.encode_swapped(x, encoder.embed(frames), mask, lengths, self.config.swap_layers, below)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from harken.core.errors import HarkenError
 
@@ -97,6 +98,31 @@ def plus_plus(frames: Tensor, clusters: int, rng: np.random.Generator) -> Tensor
         distance = reached[best]
         chosen.append(int(candidates[best]))
     return frames[chosen].clone()
+
+
+@torch.no_grad()
+def cosine_clusters(points: Tensor, real: Tensor, starts: Tensor, passes: int) -> Tensor:
+    """Return the clusters `(B, N)` of unit vectors `(B, N, D)`, of each row by itself, by k-means with cosines.
+
+    real: `(B, N)`, False for points that are none and weigh nothing. starts: `(B, K)`, places of the points at which
+    clusters begin, -1 for clusters that are none. passes: how often centroids move. A cluster that is empty stays
+    where it was. Source: `KMeans(mode="cosine")` of fast_pytorch_kmeans, which begins at random points.
+    """
+    if not points.shape[1]:  # no point to begin at
+        return real.long()
+    with torch.autocast(points.device.type, enabled=False):
+        points, weights = points.float(), real[..., None].float()
+        centroids = points.gather(1, starts.clamp(min=0)[..., None].expand(-1, -1, points.shape[-1]))
+        # points can be equal, as quantised ones are: the first of equal centroids must win whatever rounding does
+        handicap = (1e-6 * torch.arange(starts.shape[1], device=points.device)).masked_fill(starts < 0, torch.inf)
+        for turn in range(passes + 1):
+            cosines = points @ functional.normalize(centroids, dim=-1).transpose(1, 2)
+            labels = (cosines - handicap[:, None]).argmax(-1)
+            if turn < passes:
+                members = functional.one_hot(labels, starts.shape[1]) * weights
+                sums = members.transpose(1, 2) @ points
+                centroids = torch.where(members.sum(1)[..., None] > 0, sums, centroids)
+    return labels
 
 
 def _squared(frames: Tensor, squares: Tensor, points: Tensor) -> Tensor:
