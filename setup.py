@@ -65,11 +65,12 @@ EXTRAS = {
     # `harken doctor` prints the wheel that fits this environment.
     "k2": ["k2"],
     "graph": ["kaldifst", "kaldi-decoder", "kaldilm"],  # CTC decoding by a lexicon and a word n-gram
+    "rooms": ["pyroomacoustics"],  # simulated impulse responses, `harken data rooms`
     "export": ["onnx", "onnxruntime"],
     "bench": ["transformers"],
 }
 # k2 stays out of `all`: where no wheel fits, it would make everything else fail to install.
-EXTRAS["all"] = sorted({name for extra in ("dev", "export", "graph", "bench") for name in EXTRAS[extra]})
+EXTRAS["all"] = sorted({name for extra in ("dev", "export", "graph", "rooms", "bench") for name in EXTRAS[extra]})
 
 setup(
     name="harken",

@@ -203,6 +203,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("encoder", "transformer"): [
         {},
         {"norm_first": True, "position_kernel": 15},
+        {"position_kernel": 14, "position_depth": 3},
         {"rows": 2, "positions": "grid"},
     ],
     ("encoder", "wavlm"): [{}, {"norm_first": True}, {"rows": 2, "deep_norm": True, "gate_on": "query"}],

@@ -9,8 +9,32 @@ from harken.core.draws import Draws
 from harken.data.dataset import Row, collate
 from harken.data.manifest import Manifest
 from harken.data.read import read_cut
+from harken.objectives.data2vec import Data2vecConfig
 from harken.objectives.saved import build_objective, build_prepare
 from harken.optim.ema import WeightAverage
+
+
+@pytest.mark.parametrize("times", [0.5, 2, 8])
+def test_a_decay_becomes_its_power_definition_1_2(times: float) -> None:
+    """Towards weights that stand still: after as much audio, an average is as far from them as with the reference's step."""
+    model = torch.nn.Linear(1, 4, bias=False)
+    average = WeightAverage(model, 0.9, times)
+    average.updates = 10_000  # the decay is no longer lowered
+    start = average.average["weight"].clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for _ in range(4):
+        average.update(model)
+    left = 0.9 ** (4 * times)
+    assert torch.allclose(average.average["weight"], left * start + (1 - left) * model.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("times", [0.5, 2, 8])
+def test_the_rise_of_a_teachers_decay_follows_the_audio(times: float) -> None:
+    config = Data2vecConfig(name="data2vec", ema_start=0.9, ema_end=0.98, ema_steps=64)
+    for step in (0, 4, 8, 100):
+        small = 0.98 - 0.08 * (1 - min(1.0, step * times / 64))
+        assert config.decay(step, times) == pytest.approx(small**times)
 
 
 def averages_on_a_quadratic(times: int, scaled: bool) -> torch.Tensor:

@@ -278,7 +278,6 @@ def test_the_training_is_described_as_far_as_it_is_known(changed) -> None:
         ("activation_fn", "relu"),
         ("target_glu", True),
         ("conv_pos_batch_norm", True),
-        ("pos_conv_depth", 5),
         ("pos_enc_type", "rel_pos"),
         ("extractor_mode", "batch_norm"),
         ("conv_feature_layers", "[(16,10,5), (32,3,2)]"),

@@ -113,7 +113,7 @@ def test_how_it_was_fine_tuned_is_in_the_configuration(tmp_path: Path, capsys) -
         (lambda one: one.symbols.append("ing"), "harken reads models of letters, and .* has classes such as 'ing'"),
         (lambda one: one.symbols.append("X"), "must have a row for each of its 9 symbols"),
         (lambda one: one.weights.pop("w2v_encoder.proj.bias"), "`w2v_encoder.proj.bias` of .* must have a row"),
-        (lambda one: one.options["w2v_args"]["model"].update(pos_conv_depth=5), "`pos_conv_depth` must be 1"),
+        (lambda one: one.options["w2v_args"]["model"].update(pos_enc_type="rel_pos"), "`pos_enc_type` must be 'abs'"),
         (lambda one: one.options.update(_name="wav2vec_seq2seq"), "those of them that were fine-tuned by CTC"),
     ],
 )

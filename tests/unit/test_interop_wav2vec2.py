@@ -119,7 +119,7 @@ def test_what_the_training_did_otherwise_is_said(changed) -> None:
         (
             {"_name": "wav2vec_seq2seq"},
             "",
-            r"holds a fairseq `wav2vec_seq2seq` model: .* `hubert` and `wav2vec2` models",
+            r"holds a fairseq `wav2vec_seq2seq` model: .* `hubert`, `wav2vec2`, `data2vec_audio` models",
         ),
     ],
 )

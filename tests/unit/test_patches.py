@@ -54,7 +54,7 @@ def test_each_patch_is_a_token() -> None:
     """Swapping two patches and their positions changes nothing else: attention is over patches, not over times."""
     model = encoder()
     model.positions = torch.nn.Identity()
-    model.positions.forward = torch.zeros_like
+    model.positions.forward = lambda x, padded: torch.zeros_like(x)
     frames = torch.randn(1, 5, 12)
     tokens = frames.view(1, 15, 4)
     order = torch.randperm(15)

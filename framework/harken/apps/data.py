@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harken.apps.subverbs import add_sub_verb
 
-HELP = "scan, index, verify and describe manifests; make tokenizers and shards"
+HELP = "scan, index, verify and describe manifests; make tokenizers, rooms and shards"
 EXAMPLE = "harken data scan corpus/wav --out data/all.jsonl\n  harken data scan --help"
 
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _verify_arguments(_sub(verbs, "verify", "harken data verify data/all.jsonl --clean data/clean.jsonl"))
     _stats_arguments(_sub(verbs, "stats", "harken data stats data/train.jsonl --max-seconds 87.5"))
     _tokens_arguments(_sub(verbs, "tokens", "harken data tokens data/train.jsonl --out data/bpe.model --size 500"))
+    _rooms_arguments(_sub(verbs, "rooms", "harken data rooms --out data/rooms.jsonl --count 1000"))
     _shards_arguments(_sub(verbs, "shards", "harken data shards data/train.jsonl --out data/shar --shuffle 1"))
 
 
@@ -33,6 +34,7 @@ ACTIONS = {
     "verify": "decode every cut and list the bad ones; exit status 1 when there are any",
     "stats": "durations, speakers, texts, and how the sampling plan fills its batches",
     "tokens": "make a tokenizer from the texts of manifests: a list of characters, or BPE of characters or bytes",
+    "rooms": "simulate rooms: impulse responses for `data.reverberation`, by pyroomacoustics",
     "shards": "convert between indexed manifests, Lhotse Shar and WebDataset, audio in its own coding",
 }
 
@@ -128,6 +130,20 @@ def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, metavar="N", help="classes of BPE, the blank included (default: 500)")
 
 
+def _rooms_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="NAME.jsonl",
+        help="the manifest to write; the responses go to NAME.audio/",
+    )
+    parser.add_argument("--count", type=int, default=1000, metavar="N", help="rooms (default: 1000)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of all that is drawn (default: 1)")
+    parser.add_argument("--sample-rate", type=int, default=16000, metavar="HZ", help="(default: 16000)")
+    _jobs(parser)
+
+
 def _shards_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
@@ -169,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
         "verify": run_verify,
         "stats": run_stats,
         "tokens": run_tokens,
+        "rooms": run_rooms,
         "shards": run_shards,
     }
     return actions[args.action](args)
@@ -305,6 +322,15 @@ def run_tokens(args: argparse.Namespace) -> int:
     tokenizer.save(args.out)
     symbols = " ".join(tokenizer.symbols()[1:])
     print(f"{args.out}: {tokenizer.size} classes, the blank included, from {len(texts)} texts: {symbols}")
+    return 0
+
+
+def run_rooms(args: argparse.Namespace) -> int:
+    """Simulate rooms."""
+    from harken.data.rooms import simulate
+
+    seconds = simulate(args.out, args.count, seed=args.seed, sample_rate=args.sample_rate, jobs=args.jobs)
+    print(f"{args.out}: {args.count} rooms, impulse responses of {seconds:.2f} s on average")
     return 0
 
 

@@ -55,6 +55,10 @@ class DataConfig:
     """Lowest and highest ratio in dB to a noise that is mixed in. WavLM, algorithm 1."""
     mixing_max_share: float = 0.5
     """Largest share of a cut that is mixed, so that its own speaker stays the main one. WavLM, algorithm 1."""
+    reverberation: str | None = None
+    """Manifest of room impulse responses, recorded or of `harken data rooms`; targets stay those of the clean speech."""
+    reverberation_probability: float = 0.3
+    """Share of the cuts that sound in a room, drawn anew each epoch. XEUS's p_r (arXiv 2407.00837 section 4.2)."""
     workers: int = 1
     """Loader processes for each rank; 0 reads in the training process."""
     prefetch_batches: int = 8
@@ -74,6 +78,7 @@ class DataConfig:
                 "mixing_probability",
                 "mixing_noise_probability",
                 "mixing_max_share",
+                "reverberation_probability",
                 "max_bad_share",
             ),
         )
@@ -164,7 +169,7 @@ class BatchConfig:
         """Return how many times `reference_seconds` a step has, 1 when None: a moving average is scaled by it.
 
         A decay rho that is right for the reference becomes rho ** times, so that it forgets as fast over the audio.
-        Source: How to Scale Your EMA, arXiv 2307.13813, the EMA scaling rule.
+        Source: How to Scale Your EMA, arXiv 2307.13813, definition 1.2; the learning rate has its optimiser's own rule.
         """
         return 1.0 if reference_seconds is None else self.seconds_per_step / reference_seconds
 

@@ -13,6 +13,7 @@ from harken.core.draws import Draws
 from harken.data.manifest import Manifest
 from harken.data.mixing import Mixing, gain
 from harken.data.read import Samples, UnreadableAudioError, read_cut, resample
+from harken.data.reverberation import Reverberation
 
 if TYPE_CHECKING:
     from harken.data.mixture import Joined
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What `data.speed`, `data.mixing_*` and `data.noise` ask for; validation gets none."""
+    """What `data.speed`, `data.mixing_*`, `data.reverberation` and `data.noise` ask for; validation gets none."""
 
     config: DataConfig
     noises: Manifest | None
     mixing: Mixing | None
+    reverberation: Reverberation | None
 
     @classmethod
     def build(cls, config: DataConfig, cuts: Manifest | Joined | None) -> Augmentation:
@@ -33,10 +35,12 @@ class Augmentation:
         cuts: the training data, None where they are a stream.
         """
         noises = Manifest.filled(config.noise) if config.noise else None
-        return cls(config, noises, Mixing.build(config, cuts))
+        return cls(config, noises, Mixing.build(config, cuts), Reverberation.build(config))
 
     def __call__(self, samples: Samples, cut: str, draws: Draws, notes: list[Note]) -> Samples:
-        """Return `samples` `(S,)` at another speed, mixed and with noise, by the draws of this cut and epoch.
+        """Return `samples` `(S,)` at another speed, mixed, in a room and with noise, by the draws of this cut and epoch.
+
+        A room is that of all that is mixed, as in XEUS.
 
         A noise that cannot be read is noted under its own id, and `samples` stay without noise.
         """
@@ -45,6 +49,8 @@ class Augmentation:
             samples = change_speed(samples, self.config.speed[int(rng.integers(len(self.config.speed)))])
         if self.mixing is not None:
             samples = self.mixing(samples, cut, draws, notes)
+        if self.reverberation is not None:
+            samples = self.reverberation(samples, cut, draws, notes)
         if self.noises is not None:
             samples = self._add_noise(samples, self.noises, draws.generator("noise", cut), notes)
         return samples

@@ -9,6 +9,7 @@ import numpy as np
 from harken.core.draws import Draws
 from harken.data.augment import change_speed, mix
 from harken.data.read import Samples
+from harken.data.reverberation import convolve
 
 _WINDOW, _HOP = 512, 256  # samples of what is laid side by side to stretch time, half over the next
 _SEARCH = 200  # samples by which it is moved at most: the periods of all voices above 80 Hz at 16 kHz
@@ -95,8 +96,4 @@ def reverberate(samples: Samples, size: int, direct_db: float, rng: np.random.Ge
     tail[0] = 0.0
     tail *= np.sqrt(10.0 ** (-direct_db / 10.0) / np.square(tail).sum())
     tail[0] = 1.0
-    width = 1 << (len(samples) + len(tail) - 2).bit_length()  # powers of two are the fastest, primes the slowest
-    wet = np.fft.irfft(np.fft.rfft(samples, width) * np.fft.rfft(tail, width), width)[: len(samples)]
-    power, own = float(np.square(samples).mean()), float(np.square(wet).mean())
-    result: Samples = (wet * (np.sqrt(power / own) if own > 0 else 1.0)).astype(np.float32)
-    return result
+    return convolve(samples, tail)

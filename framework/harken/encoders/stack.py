@@ -18,7 +18,7 @@ from harken.core.draws import shared_uniform
 from harken.core.errors import HarkenError
 from harken.encoders.base import Encoded, Encoder
 from harken.nn.dropout import Dropout
-from harken.nn.positions import GridPositions, PositionalConvolution
+from harken.nn.positions import GridPositions, PositionalConvolution, StackedConvolutions, position_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,9 @@ class StackConfig(SlotConfig):
     """Frames that the convolution of the positions covers. fairseq `conv_pos`."""
     position_groups: int = 16
     """Groups of the convolution of the positions; they divide `dim`. fairseq `conv_pos_groups`."""
+    position_depth: int = 1
+    """Convolutions in a row that `position_kernel` is divided among, 3 frames each at least, with a layer norm and GELU
+    behind each. 1 is a single one with weight norm. fairseq `pos_conv_depth`, 5 in data2vec."""
     positions: Literal["convolution", "grid"] = "convolution"
     """`convolution` over the tokens, or a fixed sinusoid of time and row (EAT, arXiv 2401.03497)."""
     rows: int = 1
@@ -57,7 +60,16 @@ class StackConfig(SlotConfig):
         check_numbers(
             self,
             "encoder",
-            positive=("dim", "layers", "heads", "ffn_dim", "position_kernel", "position_groups", "rows"),
+            positive=(
+                "dim",
+                "layers",
+                "heads",
+                "ffn_dim",
+                "position_kernel",
+                "position_groups",
+                "position_depth",
+                "rows",
+            ),
             shares=("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop"),
         )
         if self.dim % self.heads:
@@ -104,11 +116,7 @@ class Stack(Encoder):
         # fairseq has no projection where the widths are equal; its released checkpoints load either way
         self.project: nn.Module = nn.Linear(input_dim, config.dim) if input_dim != config.dim else nn.Identity()
         self.input_dropout = Dropout(config.input_dropout)
-        self.positions = (
-            GridPositions(config.dim, config.rows)
-            if config.positions == "grid"
-            else PositionalConvolution(config.dim, config.position_kernel, config.position_groups)
-        )
+        self.positions = _positions(config)
         self.blocks = nn.ModuleList(make_block() for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = Dropout(config.dropout)
@@ -143,7 +151,7 @@ class Stack(Encoder):
             padded = padded.to(frames.device, non_blocking=True)
             tokens = tokens.masked_fill(padded[..., None], 0.0)
             attend = ~padded[:, None, None, :]
-        return tokens + self.positions(tokens), attend
+        return tokens + self.positions(tokens, padded), attend
 
     def encode_swapped(
         self,
@@ -181,9 +189,10 @@ class Stack(Encoder):
         hidden = mask
         padded = padding_mask(lengths * self.rows, tokens.shape[1])
         if padded is not None:
-            hidden = hidden | padded.to(frames.device, non_blocking=True)
+            padded = padded.to(frames.device, non_blocking=True)
+            hidden = hidden | padded
         tokens = tokens.masked_fill(hidden[..., None], 0.0)
-        every = tokens + self.positions(tokens)
+        every = tokens + self.positions(tokens, padded)
         places = visible.clamp(min=0)[..., None].expand(-1, -1, every.shape[2])
         x, real = (every.gather(1, places), visible >= 0) if self.omits else (every, ~hidden)
         if extra is not None:
@@ -259,13 +268,24 @@ class Stack(Encoder):
 
     def _position_weights(self) -> int:
         own = self.stack
-        return own.dim * (own.dim // own.position_groups) * own.position_kernel if own.positions == "convolution" else 0
+        if own.positions == "grid":
+            return 0
+        frames = own.position_depth * position_kernel(own.position_kernel, own.position_depth)
+        return own.dim * (own.dim // own.position_groups) * frames
 
     def depth(self, parameter: str) -> int:
         """Return the block that holds a parameter; a norm behind the blocks counts with the last one."""
         if parameter.startswith("blocks."):
             return int(parameter.split(".")[1]) + 1
         return self.num_layers if parameter.startswith("norm.") and self.norm_last else 0
+
+
+def _positions(config: StackConfig) -> nn.Module:
+    if config.positions == "grid":
+        return GridPositions(config.dim, config.rows)
+    if config.position_depth > 1:
+        return StackedConvolutions(config.dim, config.position_kernel, config.position_groups, config.position_depth)
+    return PositionalConvolution(config.dim, config.position_kernel, config.position_groups)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""HuBERT and wav2vec 2.0 checkpoints of fairseq as harken models, without fairseq.
+"""HuBERT, wav2vec 2.0 and data2vec (speech) checkpoints of fairseq as harken models, without fairseq.
 
 Layouts: `cfg` (a dict or OmegaConf containers, fairseq 0.12 and the released models) and `args` (a flat namespace,
 before that), both with `model` as the state dict and `task_state` with a pickled dictionary for each codebook.
@@ -27,6 +27,7 @@ from harken.encoders.backbone import build_backbone
 from harken.interop.fairseq_ctc import FINETUNED, read_finetuned
 from harken.interop.fairseq_options import (
     check_supported,
+    data2vec_config,
     hubert_config,
     kind_of,
     not_carried_over,
@@ -54,6 +55,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     # the group norm itself, or a layer norm between two transpositions
     (rf"feature_extractor\.conv_layers\.(\d+)\.2\.(?:1\.)?{_PART}", r"backbone.frontend.layers.\1.norm.\2"),
     (r"encoder\.pos_conv\.0\.(weight_g|weight_v|bias)", r"backbone.encoder.positions.\1"),
+    (rf"encoder\.pos_conv\.(\d+)\.0\.{_PART}", r"backbone.encoder.positions.layers.\1.\2"),
     (rf"encoder\.layer_norm\.{_PART}", r"backbone.encoder.norm.\1"),
     (rf"{_BLOCK}self_attn\.out_proj\.{_PART}", rf"{_NEW_BLOCK}attention.out.\2"),
     (rf"{_BLOCK}self_attn_layer_norm\.{_PART}", rf"{_NEW_BLOCK}attention_norm.\2"),
@@ -62,6 +64,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     (rf"{_BLOCK}final_layer_norm\.{_PART}", rf"{_NEW_BLOCK}ffn_norm.\2"),
 )
 QUERY_KEY_VALUE = re.compile(rf"{_BLOCK}self_attn\.([qkv])_proj\.{_PART}")
+AVERAGE = "_ema"
 
 
 def import_checkpoint(path: str | Path, folder: str | Path) -> Imported:
@@ -83,16 +86,24 @@ def read_pretrained(path: str | Path) -> Imported:
     if kind_of(groups["model"]) in FINETUNED:
         return read_finetuned(state, groups, NAMES, QUERY_KEY_VALUE, _updates(state), path)
     check_supported(groups["model"], path)
-    weights = convert_weights(state["model"], path)
+    kind, model_weights = kind_of(groups["model"]), dict(state["model"])
+    average = model_weights.pop(AVERAGE, None) if kind == "data2vec_audio" else None
+    weights = convert_weights(model_weights, path)
     symbols: tuple[tuple[str, ...], ...] = ()
-    if kind_of(groups["model"]) == "wav2vec2":
-        slots = wav2vec2_config(groups)
-        weights["quantizer.codebook"] = _codebook(weights, slots["objective"], path)
-        targets = "codebooks: {groups} of {entries} entries".format(**slots["objective"])
-    else:
-        symbols = _symbols(state)
-        classes = _classes(weights, symbols, path)
-        slots, targets = hubert_config(groups, classes), classes_line(classes)
+    notes = not_carried_over(groups)
+    match kind:
+        case "wav2vec2":
+            slots = wav2vec2_config(groups)
+            weights["quantizer.codebook"] = _codebook(weights, slots["objective"], path)
+            targets = "codebooks: {groups} of {entries} entries".format(**slots["objective"])
+        case "data2vec_audio":
+            slots = data2vec_config(groups)
+            weights |= _teacher(weights, average, path, notes)
+            targets = "the teacher's last {top_layers} layers".format(**slots["objective"])
+        case _:
+            symbols = _symbols(state)
+            classes = _classes(weights, symbols, path)
+            slots, targets = hubert_config(groups, classes), classes_line(classes)
     updates = _updates(state)
     try:
         config = from_dict({**slots, **training_config(groups, path.name, updates)})
@@ -100,7 +111,7 @@ def read_pretrained(path: str | Path) -> Imported:
         raise HarkenError(f"{path} has an option of a wrong type: {error}") from error
     model = build("objective", config.objective, run=config, backbone=build_backbone(config))
     load_into(model, weights, path)
-    return Imported(config, weights, symbols, updates, tuple(not_carried_over(groups)), targets)
+    return Imported(config, weights, symbols, updates, tuple(notes), targets)
 
 
 def convert_weights(model: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -140,6 +151,20 @@ def _codebook(weights: Mapping[str, Tensor], objective: Mapping[str, Any], path:
             f"found shape {tuple(found.shape)}"
         )
     return found.view(groups, entries, -1)
+
+
+def _teacher(weights: Mapping[str, Tensor], average: Any, path: Path, notes: list[str]) -> dict[str, Tensor]:
+    """Return the teacher's weights; what fairseq's average does not hold lies before the blocks and is the student's.
+
+    average: fairseq's `_ema`, the weights of its encoder by name. Where it is missing, a note is added to `notes`.
+    """
+    student, own = "backbone.encoder.", "teacher.encoder."
+    found: dict[str, Tensor] = {name: value.clone() for name, value in weights.items() if name.startswith(student)}
+    if isinstance(average, Mapping):
+        found |= convert_weights({f"encoder.{name}": value for name, value in average.items()}, path)
+    else:
+        notes.append(f"the teacher: there is no `{AVERAGE}`, so that it starts as a copy of the student")
+    return {own + name.removeprefix(student): value for name, value in found.items()}
 
 
 def _updates(state: Mapping[str, Any]) -> int:

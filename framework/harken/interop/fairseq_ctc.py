@@ -1,4 +1,4 @@
-"""fairseq's HuBERT and wav2vec 2.0 models that were fine-tuned by CTC on letters, as harken models.
+"""fairseq's HuBERT, wav2vec 2.0 and data2vec models that were fine-tuned by CTC on letters, as harken models.
 
 A checkpoint holds the pretrained model behind `w2v_encoder.w2v_model.`, one linear map `w2v_encoder.proj` onto its
 dictionary, and the options of the pretraining in `w2v_args`.
@@ -25,6 +25,7 @@ from harken.interop.fairseq_options import (
     not_carried_over,
     read_options,
     training_config,
+    tri_stage,
 )
 from harken.interop.imported import Imported
 from harken.interop.names import rename_weights
@@ -43,7 +44,7 @@ OVERRIDES = {
     "layerdrop": "layer_drop",
 }
 # of the pretraining alone; fairseq removes it before fine-tuning, and some checkpoints hold it all the same
-PRETRAINING = ("label_embs_concat", "final_proj.", "quantizer.", "project_q.")
+PRETRAINING = ("label_embs_concat", "final_proj.", "quantizer.", "project_q.", "_ema")
 
 
 def read_finetuned(
@@ -69,7 +70,7 @@ def read_finetuned(
     slots["encoder"].update({ours: outer[theirs] for theirs, ours in OVERRIDES.items() if theirs in outer})
     slots["frontend"]["grad_scale"] = outer.get("feature_grad_mult", 0.0)
     training = training_config(groups, path.name, updates)
-    training["schedule"] = {"name": "tri_stage", "peak": training["schedule"]["peak"]}
+    training["schedule"] = tri_stage(groups) or {"name": "tri_stage", "peak": training["schedule"]["peak"]}
     try:
         config = from_dict({**slots, **training, "objective": _objective(outer)})
     except TypeError as error:

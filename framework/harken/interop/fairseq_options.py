@@ -23,12 +23,15 @@ SUPPORTED: dict[str, Any] = {
     "activation_fn": "gelu",
     "target_glu": False,
     "conv_pos_batch_norm": False,
-    "pos_conv_depth": 1,
     "pos_enc_type": "abs",
     "attn_type": "",
 }
 QUANTISED = {"quantize_targets": True, "quantize_input": False, "quantizer_depth": 1}
-KINDS: dict[str, dict[str, Any]] = {"hubert": SUPPORTED, "wav2vec2": {**SUPPORTED, **QUANTISED}}
+KINDS: dict[str, dict[str, Any]] = {
+    "hubert": SUPPORTED,
+    "wav2vec2": {**SUPPORTED, **QUANTISED},
+    "data2vec_audio": {**SUPPORTED, "ema_transformer_only": True},
+}
 # fairseq options that change its training alone: harken's objective has the values here
 TRAINING: dict[str, Any] = {
     "mask_selection": "static",
@@ -38,9 +41,19 @@ TRAINING: dict[str, Any] = {
     "negatives_from_everywhere": False,
     "cross_sample_negatives": 0,
     "codebook_negatives": 0,
+    "ema_layers_only": True,
+    "instance_norm_target_layer": True,
+    "batch_norm_target_layer": False,
+    "group_norm_target_layer": False,
+    "layer_norm_target_layer": False,
+    "instance_norm_targets": False,
+    "layer_norm_targets": False,
 }
 ADAM = {"optimizer": "adam", "lr_scheduler": "polynomial_decay"}
 GROUPS = ("model", "task", "criterion", "optimization", *ADAM, "dataset", "distributed_training")
+# of the published training, where a checkpoint is silent: GPUs, limit on the gradient's norm, samples on each GPU
+PUBLISHED = {"wav2vec2": (64, 0.0, 1_400_000), "data2vec_audio": (16, 0.0, 3_800_000)}
+PUBLISHED_HUBERT = (32, 10.0, 1_400_000)
 EXTRACTORS = {"default": "group", "layer_norm": "layer"}
 CONVOLUTIONS = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 MOST_CONVOLUTIONS = 64
@@ -70,7 +83,7 @@ def check_supported(model: Options, path: Path) -> None:
     """Raise HarkenError when the checkpoint is of another model, or computes what harken's does not."""
     kind = kind_of(model)
     if kind not in KINDS:
-        known = " and ".join(f"`{name}`" for name in KINDS)
+        known = ", ".join(f"`{name}`" for name in KINDS)
         raise HarkenError(
             f"{path} holds a fairseq `{kind}` model: harken reads pretrained {known} models, "
             "and those of them that were fine-tuned by CTC"
@@ -93,7 +106,7 @@ def not_carried_over(groups: Mapping[str, Options]) -> list[str]:
     ]
     for name, known in ADAM.items():
         kind = groups[name].get("_name", groups[name].get(name, known))
-        if kind != known:
+        if kind != known and not (name == "lr_scheduler" and tri_stage(groups)):
             notes.append(f"`{name}` is {kind!r}, the configuration has what stands for {known!r}")
     return notes
 
@@ -133,6 +146,7 @@ def backbone_config(groups: Mapping[str, Options]) -> dict[str, Any]:
         "layer_drop": model.get("encoder_layerdrop", 0.0),
         "position_kernel": model.get("conv_pos", 128),
         "position_groups": model.get("conv_pos_groups", 16),
+        "position_depth": model.get("pos_conv_depth", 1),
     }
     return {"frontend": frontend, "encoder": encoder}
 
@@ -183,6 +197,26 @@ def wav2vec2_config(groups: Mapping[str, Options]) -> dict[str, Any]:
     return {**backbone_config(groups), "objective": objective}
 
 
+def data2vec_config(groups: Mapping[str, Options]) -> dict[str, Any]:
+    """Return the slots that describe a data2vec; the defaults are those of fairseq's `Data2VecAudioConfig`."""
+    model = groups["model"]
+    objective = {
+        "name": "data2vec",
+        "mask_probability": model.get("mask_prob", 0.65),
+        "mask_length": model.get("mask_length", 10),
+        "top_layers": model.get("average_top_k_layers", 8),
+        "targets": "feed_forward",
+        "beta": model.get("loss_beta", 0.0),
+        "loss_scale": model.get("loss_scale"),
+        "ema_start": model.get("ema_decay", 0.999),
+        "ema_end": model.get("ema_end_decay", 0.9999),
+        "ema_steps": model.get("ema_anneal_end_step") or groups["optimization"].get("max_update") or 30000,
+        "min_target_deviation": model.get("min_target_var", 0.1),
+        "min_prediction_deviation": model.get("min_pred_var", 0.01),
+    }
+    return {**backbone_config(groups), "objective": objective}
+
+
 def _code_dim(model: Options) -> int:
     final = model.get("final_dim", 0)
     return int(final if final > 0 else model.get("encoder_embed_dim", 768))
@@ -194,11 +228,11 @@ def training_config(groups: Mapping[str, Options], source: str, updates: int) ->
     `data.train` cannot be known and says so. Without `max_update`, or where it is 0 (no limit), the steps are the
     updates that were made, and 1 where none were.
     """
-    published_gpus, published_clip = (64, 0.0) if kind_of(groups["model"]) == "wav2vec2" else (32, 10.0)
+    published_gpus, published_clip, published_samples = PUBLISHED.get(kind_of(groups["model"]), PUBLISHED_HUBERT)
     task, data, run = groups["task"], groups["dataset"], groups["optimization"]
-    optimizer, schedule = groups["optimizer"], groups["lr_scheduler"]
-    rate = task.get("sample_rate", 16000)
-    batch_seconds = data.get("max_tokens", 1_400_000) / rate
+    optimizer, warmup = groups["optimizer"], groups["lr_scheduler"].get("warmup_updates", 32000)
+    peak, rate = _peak(groups), task.get("sample_rate", 16000)
+    batch_seconds = data.get("max_tokens", published_samples) / rate
     crop = task.get("max_sample_size")
     gpus = groups["distributed_training"].get("distributed_world_size", published_gpus)
     return {
@@ -208,11 +242,7 @@ def training_config(groups: Mapping[str, Options], source: str, updates: int) ->
             "eps": optimizer.get("adam_eps", 1e-6),
             "weight_decay": optimizer.get("weight_decay", 0.01),
         },
-        "schedule": {
-            "name": "linear",
-            "peak": _list(run.get("lr"), [5e-4])[0],
-            "warmup_steps": schedule.get("warmup_updates", 32000),
-        },
+        "schedule": tri_stage(groups) or {"name": "linear", "peak": peak, "warmup_steps": warmup},
         "data": {
             "train": f"give data.train: this model was imported from {source}",
             "sample_rate": rate,
@@ -226,6 +256,26 @@ def training_config(groups: Mapping[str, Options], source: str, updates: int) ->
         },
         "train": {"steps": run.get("max_update") or updates or 1, "clip_norm": run.get("clip_norm", published_clip)},
     }
+
+
+def tri_stage(groups: Mapping[str, Options]) -> dict[str, Any]:
+    """Return fairseq's schedule of three phases, nothing where it is another or is not given in shares of the run."""
+    schedule = groups["lr_scheduler"]
+    shares = _list(schedule.get("phase_ratio"), [])
+    if schedule.get("_name", schedule.get("lr_scheduler")) != "tri_stage" or len(shares) != 3:
+        return {}
+    return {
+        "name": "tri_stage",
+        "peak": _peak(groups),
+        "warmup_share": shares[0],
+        "hold_share": shares[1],
+        "start_scale": schedule.get("init_lr_scale", 0.01),
+        "end_scale": schedule.get("final_lr_scale", 0.01),
+    }
+
+
+def _peak(groups: Mapping[str, Options]) -> Any:
+    return _list(groups["optimization"].get("lr"), [5e-4])[0]
 
 
 def parse_convolutions(value: Any) -> list[tuple[int, int, int]]:

@@ -17,12 +17,23 @@ def convolve_over_time(x: Tensor, weight: Tensor, bias: Tensor | None, *, paddin
     return y[:, :, 0].transpose(1, 2)
 
 
-class DepthwiseConvolution(nn.Conv1d):
-    """One kernel of odd size for each channel, over time, as many frames out as in."""
+class GroupedConvolution(nn.Conv1d):
+    """A kernel over time for each of `groups` groups of channels, as many frames out as in.
 
-    def __init__(self, channels: int, kernel: int, *, bias: bool = False) -> None:
-        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
+    A kernel of even size sees one frame more of the past than of what is to come.
+    """
+
+    def __init__(self, channels: int, kernel: int, groups: int, *, bias: bool = True) -> None:
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=groups, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
-        return convolve_over_time(x, self.weight, self.bias, padding=self.kernel_size[0] // 2, groups=self.groups)
+        y = convolve_over_time(x, self.weight, self.bias, padding=self.kernel_size[0] // 2, groups=self.groups)
+        return y[:, : x.shape[1]]  # an even kernel padded on both sides gives one frame too many
+
+
+class DepthwiseConvolution(GroupedConvolution):
+    """One kernel of odd size for each channel."""
+
+    def __init__(self, channels: int, kernel: int, *, bias: bool = False) -> None:
+        super().__init__(channels, kernel, channels, bias=bias)

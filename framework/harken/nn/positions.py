@@ -1,4 +1,4 @@
-"""Positions: relative ones from a wide grouped convolution, fixed ones of a grid."""
+"""Positions: relative ones from a wide grouped convolution or several in a row, fixed ones of a grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harken.core.errors import HarkenError
-from harken.nn.convolution import convolve_over_time
+from harken.nn.convolution import GroupedConvolution, convolve_over_time
 
 
 class PositionalConvolution(nn.Module):
@@ -24,17 +24,45 @@ class PositionalConvolution(nn.Module):
         super().__init__()
         self.groups = groups
         self.padding = kernel // 2
-        self.surplus = 1 - kernel % 2  # an even kernel padded on both sides gives one frame too many
         std = math.sqrt(4 / (kernel * dim))
         self.weight_v = nn.Parameter(torch.randn(dim, dim // groups, kernel) * std)
         self.weight_g = nn.Parameter(self.weight_v.detach().norm(dim=(0, 1), keepdim=True))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
         """Return the positions `(B, T, D)` to add to `x` `(B, T, D)`, whose padded frames must be zero."""
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
         y = convolve_over_time(x, weight, self.bias, padding=self.padding, groups=self.groups)
-        return functional.gelu(y[:, : y.shape[1] - self.surplus])
+        return functional.gelu(y[:, : x.shape[1]])  # an even kernel padded on both sides gives one frame too many
+
+
+class StackedConvolutions(nn.Module):
+    """Grouped convolutions over time in a row, each with a layer norm without weights and GELU behind it.
+
+    Padded frames are zeros to each of them. In fairseq only to the first: what the others see behind an utterance is
+    the norm of a bias there, as far as its batch is padded, and zeros beyond.
+    Source: fairseq's `TransformerEncoder` with `pos_conv_depth` above 1, data2vec's (arXiv 2202.03555); the weights
+    begin as torch's.
+    """
+
+    def __init__(self, dim: int, kernel: int, groups: int, depth: int) -> None:
+        """Make `depth` convolutions that see about `kernel` frames together, three each at least."""
+        super().__init__()
+        each = position_kernel(kernel, depth)
+        self.layers = nn.ModuleList(GroupedConvolution(dim, each, groups) for _ in range(depth))
+
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
+        """Return the positions `(B, T, D)` to add to `x` `(B, T, D)`; `padded` `(B, T)` is True beyond an utterance."""
+        for layer in self.layers:
+            if padded is not None:
+                x = x.masked_fill(padded[..., None], 0.0)
+            x = functional.gelu(functional.layer_norm(layer(x), x.shape[-1:]))
+        return x
+
+
+def position_kernel(frames: int, depth: int) -> int:
+    """Return the frames that each of `depth` convolutions covers, `frames` of them together. Source: as above."""
+    return frames if depth == 1 else max(3, frames // depth)
 
 
 class GridPositions(nn.Module):
@@ -50,7 +78,7 @@ class GridPositions(nn.Module):
         self.dim = dim
         self.rows = rows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
         """Return the positions `(T * rows, D)` to add to tokens `(B, T * rows, D)`, time by time."""
         times = torch.arange(x.shape[1] // self.rows, device=x.device).repeat_interleave(self.rows)
         rows = torch.arange(self.rows, device=x.device).repeat(x.shape[1] // self.rows)
