@@ -110,7 +110,7 @@ class Stack(Encoder):
         self.blocks = nn.ModuleList(make_block() for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = Dropout(config.dropout)
-        self.blocks.apply(_initialise)
+        self.blocks.apply(initialise)
 
     def normalise(self, frames: Tensor) -> Tensor:
         """Give each token of the frames `(B, T, F)` its norm; see `Encoder`."""
@@ -151,12 +151,14 @@ class Stack(Encoder):
             hidden = hidden | padded.to(frames.device, non_blocking=True)
         tokens = tokens.masked_fill(hidden[..., None], 0.0)
         every = tokens + self.positions(tokens)
-        places = visible.clamp(min=0)[..., None].expand(-1, -1, every.shape[2])
+        seen = visible.clamp(min=0)
+        places = seen[..., None].expand(-1, -1, every.shape[2])
         x, real = (every.gather(1, places), visible >= 0) if self.omits else (every, ~hidden)
         if extra is not None:
             x = torch.cat([extra.to(x.dtype).expand(len(x), 1, -1), x], 1)
             real = functional.pad(real, (1, 0), value=True)
-        x, _ = self.run_blocks(x, real[:, None, None, :])
+            seen = functional.pad(seen, (1, 0), value=-1)  # it stands before the first
+        x, _ = self.run_blocks(x, real[:, None, None, :], places=seen if self.omits else None)
         summary = None
         if extra is not None:
             summary, x, real = x[:, 0], x[:, 1:], real[:, 1:]
@@ -171,17 +173,17 @@ class Stack(Encoder):
         return 2.0 * tokens * self._position_weights() + self.num_layers * self.block_flops(seen)
 
     def run_blocks(
-        self, x: Tensor, attend: Tensor | None, layers: Collection[int] = ()
+        self, x: Tensor, attend: Tensor | None, layers: Collection[int] = (), places: Tensor | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run norms and blocks over tokens with positions `(B, N, D)`; return the last and the hidden `layers`.
 
-        attend: `(B, 1, 1, N)`, True where a token may be attended to, None for all.
+        attend: `(B, 1, 1, N)`, True where a token may be attended to, None for all. places: see `shared`.
         """
         if not self.norm_last:
             x = self.norm(x)
         x = self.dropout(x)
         hidden = {0: x} if 0 in layers else {}
-        inputs = (attend, *self.shared(x))
+        inputs = (attend, *self.shared(x, places))
         for index, block in enumerate(self.blocks, start=1):
             if not (self.training and self.stack.layer_drop and shared_uniform() < self.stack.layer_drop):
                 x = checkpoint(block, x, *inputs, use_reentrant=False) if self.checkpoint_blocks else block(x, *inputs)
@@ -191,8 +193,11 @@ class Stack(Encoder):
             x = self.norm(x)
         return x, hidden
 
-    def shared(self, frames: Tensor) -> tuple[Tensor, ...]:
-        """Return what all blocks take besides their input `(B, T, D)`, computed once a forward pass; nothing here."""
+    def shared(self, frames: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return what all blocks take besides their input `(B, T, D)`, computed once a forward pass; nothing here.
+
+        places: `(B, T)`, where in their sequences these tokens stand; None where none is left out.
+        """
         return ()
 
     def block_flops(self, frames: int) -> float:
@@ -217,7 +222,7 @@ class Stack(Encoder):
         return self.num_layers if parameter.startswith("norm.") and self.norm_last else 0
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Give linear maps the weights of BERT: normal with deviation 0.02, no bias. Source: fairseq `init_bert_params`."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
