@@ -62,8 +62,8 @@ class BlockMask:
     ) -> dict[str, NDArray[Any]]:
         """Return the masks of a batch, `clones` of each utterance, each row's from its own draws.
 
-        `mask` `(B, M, N)` over N tokens, `rows` a frame; `visible` `(B, M, V)`, places of the other real tokens, -1 beyond
-        their number; `masked`, the masks' positions when flattened.
+        `mask` `(B, M, N)` over N tokens, `rows` a frame; `visible` `(B, M, V)`, places of the other real tokens, -1
+        beyond their number; `masked`, the masks' positions when flattened.
         """
         lengths = spec.num_frames(batch.lengths).tolist()
         # the backbone pads what is too short for a frame to one

@@ -72,7 +72,7 @@ class GatedAttention(SelfAttention):
         self.gate_scale = nn.Parameter(torch.ones(heads))
 
     def forward(self, x: Tensor, attend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Attend within each sequence `(B, T, D)`; `attend` as in `SelfAttention`, `bias` `(H, T, T)` or of each row."""
+        """Attend within each sequence `(B, T, D)`; `attend` as in `SelfAttention`, `bias` `(H, T, T)`, or of each."""
         if bias is None:
             return super().forward(x, attend)
         q, k, v = self.project(x)

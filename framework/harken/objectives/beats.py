@@ -67,7 +67,8 @@ class BeatsPrepare:
 
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add `mask` `(B, N)`, `visible` `(B, V)`, `masked` (`BlockMask.draw_rows`), `real`: positions of tokens in the
-        flat `(B * N)`, and, from stores, `labels` `(B, N)`."""
+        flat `(B * N)`, and, from stores, `labels` `(B, N)`.
+        """
         drawn = self.mask.draw_rows(batch, draws, self.spec, rows=self.rows)
         mask, visible = drawn["mask"][:, 0], drawn["visible"][:, 0]
         counts = self.rows * self.spec.num_frames(batch.lengths).numpy()

@@ -71,9 +71,9 @@ class BeatsTokenizerPrepare:
 class BeatsTokenizer(Objective):
     """Predicts a frozen teacher's outputs from the codes of unmasked tokens.
 
-    The encoder's outputs are quantised (`EmaCodebook`); a decoder, the estimator, predicts the teacher's last block from
-    the codes' vectors. The loss of a token is 1 - cosine, and the error between encoded token and code. Encoder and
-    codebook label audio afterwards (`harken units label --tokenizer`).
+    The encoder's outputs are quantised (`EmaCodebook`); a decoder, the estimator, predicts the teacher's last block
+    from the codes' vectors. The loss of a token is 1 - cosine, and the error between encoded token and code. Encoder
+    and codebook label audio afterwards (`harken units label --tokenizer`).
     Source: arXiv 2212.09058 section 3.2.2 and equation 3.
     """
 

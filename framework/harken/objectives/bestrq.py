@@ -9,7 +9,7 @@ from typing import ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from harken.config.registry import SlotConfig, register

@@ -39,8 +39,8 @@ class EmaCodebook(nn.Module):
     No gradient reaches the codes. After a step each becomes `normal(decay * code + (1 - decay) * normal(mean))` of the
     encoded tokens that fell to it in this step, over all ranks and micro-batches; one to which none fell stays. They
     start at random, from a seed, and the first step that is taken puts them at the centres of its tokens by k-means.
-    Source: arXiv 2212.09058 section 3.2.2 and equation 3; `NormEMAVectorQuantizer` of the released `quantizer.py`, which
-    starts and moves within a forward pass.
+    Source: arXiv 2212.09058 section 3.2.2 and equation 3; `NormEMAVectorQuantizer` of the released `quantizer.py`,
+    which starts and moves within a forward pass.
     """
 
     codes: Tensor
@@ -54,7 +54,7 @@ class EmaCodebook(nn.Module):
         generator = torch.Generator().manual_seed(key(seed, "codebook") & (2**63 - 1))
         normal = torch.randn(codes, code_dim, generator=generator)
         self.register_buffer("codes", functional.normalize(normal, dim=-1))
-        self.register_buffer("started", torch.tensor(False))  # noqa: FBT003  a buffer is in every checkpoint
+        self.register_buffer("started", torch.tensor(False))
         self._step = -1
         self._sums: Tensor | None = None  # over this step: `(K, code_dim + 1)`, with the counts as the last channel
         self._vectors: list[Tensor] | None = []  # of this step, while the start has not been made
@@ -129,5 +129,5 @@ class EmaCodebook(nn.Module):
                 fitted, _ = fit(vectors.numpy(), settings, lambda _: None)
                 centres = functional.normalize(torch.from_numpy(fitted), dim=-1)
         self.codes.copy_(distributed.sum_tensor(centres.to(self.codes.device)))
-        self.started.fill_(True)  # noqa: FBT003
+        self.started.fill_(True)
         self._vectors = None
