@@ -15,8 +15,8 @@ from harken.encoders.stack import initialise
 from harken.encoders.transformer import Block, TransformerConfig
 from harken.nn.gated_position_bias import GATE_PARTS, GatedAttention, PositionBias
 
-BUCKETS, MAX_DISTANCE = 320, 800
-"""Of relative positions, as in WavLM (`encoder.position_buckets`, `encoder.position_max_distance`)."""
+BUCKETS, MAX_DISTANCE = 320, 1280
+"""Of relative positions. Defaults of the released `BEATs.py`, `num_buckets` and `max_distance`."""
 
 
 @dataclass(frozen=True, kw_only=True)
