@@ -83,7 +83,7 @@ def test_the_quantiser_is_saved_with_the_model(corpus) -> None:
     assert not torch.equal(model.quantiser.codes, other.quantiser.codes)
     other.load_state_dict(model.state_dict())
     inputs, lengths = torch.randn(1, 16000), torch.tensor([16000])
-    assert torch.equal(model.codes(inputs, lengths, 24), other.codes(inputs, lengths, 24))
+    assert torch.equal(model.quantiser.of_audio(inputs, lengths, 24), other.quantiser.of_audio(inputs, lengths, 24))
 
 
 def splitmix(seed: int, count: int) -> list[int]:
@@ -139,7 +139,7 @@ def test_the_middle_of_a_frame(windows, window, expected) -> None:
 
 def features(model, inputs: torch.Tensor, samples: int) -> np.ndarray:
     """Log-mel energies of one utterance with mean 0 and variance 1 in each band, float64."""
-    x = model.log_mel(inputs[None, :samples])[0].double().numpy()
+    x = model.quantiser.log_mel(inputs[None, :samples])[0].double().numpy()
     return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
 
 
@@ -291,6 +291,5 @@ def test_frames_that_are_no_multiple_of_10_ms_are_refused(corpus) -> None:
     with pytest.raises(HarkenError) as caught:
         build_objective(from_dict(made))
     assert str(caught.value) == (
-        "`objective.name: bestrq` needs frames of a multiple of 160 samples (10 ms), got 256 from "
-        "`frontend.name: waveform`"
+        "codes of log-mel energies need frames of a multiple of 160 samples (10 ms), got 256 from the frontend"
     )

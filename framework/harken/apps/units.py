@@ -28,7 +28,10 @@ PURITY = (
     "harken units purity units/labels exp/alignment/cuts.jsonl\n"
     "  harken units purity units/labels exp/alignment/cuts.jsonl --tier word --out purity.json"
 )
-LABEL = "harken units label train.jsonl dev.jsonl --clusterer units/km --out units/labels --jobs 8"
+LABEL = (
+    "harken units label train.jsonl dev.jsonl --clusterer units/km --out units/labels --jobs 8\n"
+    "  harken units label train.jsonl dev.jsonl --tokenizer exp/tokenizer --out units2/labels --jobs 8"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _feature_arguments(fit, "threads of k-means")
     label = add_sub_verb(verbs, "label", "write the packed label store of one or more manifests", LABEL)
     label.add_argument("manifest", nargs="+", metavar="MANIFEST", help="indexed manifests that share the store")
-    label.add_argument("--clusterer", required=True, metavar="DIR", help="folder that `units fit` wrote")
+    named = label.add_mutually_exclusive_group(required=True)
+    named.add_argument("--clusterer", metavar="DIR", help="folder that `units fit` wrote")
+    named.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="a saved tokenizer (`objective.name: beats_tokenizer`), which has its own codes",
+    )
     label.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="new label store, or an unfinished one to continue"
     )
@@ -123,9 +132,11 @@ def _fit(args: argparse.Namespace) -> int:
 def _label(args: argparse.Namespace) -> int:
     from harken.core.pieces import Piece
     from harken.units.label import Job, label
+    from harken.units.tokenizer import open_tokenizer
 
     started = time.perf_counter()
-    job = Job(args.out, tuple(args.manifest), args.clusterer, _features(args), args.sample_rate, max_seconds=60.0)
+    features = functools.partial(open_tokenizer, args.tokenizer) if args.tokenizer else _features(args)
+    job = Job(args.out, tuple(args.manifest), args.clusterer, features, args.sample_rate, max_seconds=60.0)
     piece = Piece.parse(args.piece) if args.piece else None
     card = label(job, args.jobs, _say, piece)
     _say(f"{f'piece {piece}' if piece else card.labels} labels in {args.out}, {time.perf_counter() - started:.0f} s")
@@ -141,7 +152,8 @@ def _check(args: argparse.Namespace) -> int:
         store = LabelStore(folder)
         report = check_units(store)
         print(
-            f"{folder}: {store.card.cuts} cuts, {store.card.labels} labels at {store.card.rate:g} Hz, "
+            f"{folder}: {store.card.cuts} cuts, {store.card.labels} labels at {store.card.rate:g} Hz"
+            f"{f' in {store.card.rows} rows' if store.card.rows > 1 else ''}, "
             f"{report.used} of {store.card.clusters} clusters used, perplexity {report.perplexity:.1f}, "
             f"mean run {report.mean_run:.2f} labels; {store.card.features}"
         )

@@ -24,7 +24,7 @@ SLOTS: dict[str, str] = {
 }
 
 # modules beside the parts that hold none
-HELPERS = frozenset({"base", "backbone", "saved", "stack", "teacher", "transcripts"})
+HELPERS = frozenset({"base", "backbone", "saved", "stack", "teacher", "token_decoder", "transcripts"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _T = TypeVar("_T")
 
@@ -46,6 +47,15 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
     dist.all_reduce(tensor)
     return [float(value) for value in tensor.tolist()]
+
+
+def sum_tensor(values: Tensor) -> Tensor:
+    """Return the sum over ranks of tensors of one shape, in their own precision."""
+    if world_size() == 1:
+        return values
+    summed = values.clone()
+    dist.all_reduce(summed)
+    return summed
 
 
 def any_rank(flag: bool) -> bool:

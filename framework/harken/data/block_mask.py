@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harken.core.batch import Batch
+from harken.core.draws import Draws
 from harken.core.errors import HarkenError
+from harken.core.frames import FrameSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +56,25 @@ class BlockMask:
         changed = rng.choice(np.flatnonzero(drawn if surplus > 0 else ~drawn), abs(surplus), replace=False)
         drawn[changed] = surplus < 0
         return ~drawn if self.inverse else drawn
+
+    def draw_rows(
+        self, batch: Batch, draws: Sequence[Draws], spec: FrameSpec, *, rows: int, clones: int = 1
+    ) -> dict[str, NDArray[Any]]:
+        """Return the masks of a batch, `clones` of each utterance, each row's from its own draws.
+
+        `mask` `(B, M, N)` over N tokens, `rows` a frame; `visible` `(B, M, V)`, places of the other real tokens, -1
+        beyond their number; `masked`, the masks' positions when flattened.
+        """
+        lengths = spec.num_frames(batch.lengths).tolist()
+        # the backbone pads what is too short for a frame to one
+        tokens = spec.num_frames(max(batch.inputs.shape[1], spec.receptive_field)) * rows
+        mask = np.zeros((len(lengths), clones, tokens), dtype=np.bool_)
+        for row, (cut, length, own) in enumerate(zip(batch.ids, lengths, draws, strict=True)):
+            rng = own.generator("mask", cut)
+            for clone in range(clones):
+                mask[row, clone, : length * rows] = self.draw(length, rows, rng)
+        real = np.arange(tokens)[None] < np.asarray(lengths)[:, None] * rows
+        seen = real[:, None] & ~mask
+        order = np.argsort(~seen, axis=-1, kind="stable")[..., : max(1, int(seen.sum(-1).max(initial=1)))]
+        visible = np.where(np.take_along_axis(seen, order, -1), order, -1)
+        return {"mask": mask, "visible": visible, "masked": np.flatnonzero(mask)}

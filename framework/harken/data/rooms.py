@@ -26,7 +26,7 @@ APART = 0.5  # metres from any wall, and between speaker and microphone, at leas
 def simulate(out: Path, count: int, *, seed: int = 1, sample_rate: int = 16000, jobs: int | None = None) -> float:
     """Write `count` impulse responses into `NAME.audio/` and their manifest `NAME.jsonl`, which is `out`.
 
-    A response follows from (seed, its number). Returns the mean length of a response in seconds. jobs: see `in_parallel`.
+    A response follows from (seed, its number). Returns their mean length in seconds. jobs: see `in_parallel`.
     Raises HarkenError without pyroomacoustics, or where `out` cannot be written.
     """
     if out.suffix != ".jsonl" or count < 1:

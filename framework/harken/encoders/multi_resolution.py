@@ -80,8 +80,9 @@ class MultiResolution(Transformer):
         attend: Tensor | None,
         layers: Collection[int] = (),
         behind: Callable[[int, Tensor], Tensor] | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the stages over frames with positions `(B, T, D)`; see `Stack`."""
+        """Run the stages over frames with positions `(B, T, D)`; see `Stack`. places: None, as none is left out."""
         lowest, frames = len(self.resamples) // 2, x.shape[1]
         left: list[tuple[Tensor, Tensor | None]] = []  # what left the stages on the way down
         hidden: dict[int, Tensor] = {}
@@ -96,7 +97,7 @@ class MultiResolution(Transformer):
                 same, attend = left.pop()
                 start = self.resamples[stage - 1](x, same.shape[1], attend)
             norm = self.stage_norms[stage - 1] if stage else self.norm
-            x, inner = self.run_stage(start, attend, norm, numbers, layers, behind)
+            x, inner = self.run_stage(start, attend, norm, numbers, layers, behind, places)
             if stage >= lowest:
                 x = x + (start if stage == lowest else same)
             if numbers[-1] in layers:

@@ -120,7 +120,7 @@ class Stack(Encoder):
         self.blocks = nn.ModuleList(make_block() for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = Dropout(config.dropout)
-        self.blocks.apply(_initialise)
+        self.blocks.apply(initialise)
 
     def normalise(self, frames: Tensor) -> Tensor:
         """Give each token of the frames `(B, T, F)` its norm; see `Encoder`."""
@@ -193,12 +193,14 @@ class Stack(Encoder):
             hidden = hidden | padded
         tokens = tokens.masked_fill(hidden[..., None], 0.0)
         every = tokens + self.positions(tokens, padded)
-        places = visible.clamp(min=0)[..., None].expand(-1, -1, every.shape[2])
+        seen = visible.clamp(min=0)
+        places = seen[..., None].expand(-1, -1, every.shape[2])
         x, real = (every.gather(1, places), visible >= 0) if self.omits else (every, ~hidden)
         if extra is not None:
             x = torch.cat([extra.to(x.dtype).expand(len(x), 1, -1), x], 1)
             real = functional.pad(real, (1, 0), value=True)
-        x, _ = self.run_blocks(x, real[:, None, None, :])
+            seen = functional.pad(seen, (1, 0), value=-1)  # it stands before the first
+        x, _ = self.run_blocks(x, real[:, None, None, :], places=seen if self.omits else None)
         summary = None
         if extra is not None:
             summary, x, real = x[:, 0], x[:, 1:], real[:, 1:]
@@ -218,13 +220,14 @@ class Stack(Encoder):
         attend: Tensor | None,
         layers: Collection[int] = (),
         behind: Callable[[int, Tensor], Tensor] | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run norms and blocks over tokens with positions `(B, N, D)`; return the last and the hidden `layers`.
 
         attend: `(B, 1, 1, N)`, True where a token may be attended to, None for all. behind: what is done to the output
-        of each block, called with its number.
+        of each block, called with its number. places: see `shared`.
         """
-        return self.run_stage(x, attend, self.norm, range(1, self.num_layers + 1), layers, behind)
+        return self.run_stage(x, attend, self.norm, range(1, self.num_layers + 1), layers, behind, places)
 
     def run_stage(
         self,
@@ -234,13 +237,14 @@ class Stack(Encoder):
         numbers: range,
         layers: Collection[int] = (),
         behind: Callable[[int, Tensor], Tensor] | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks `numbers` (from 1) and the norm before or behind them; see `run_blocks`."""
         if not self.norm_last:
             x = norm(x)
         x = self.dropout(x)
         hidden = {0: x} if numbers[0] == 1 and 0 in layers else {}
-        inputs = (attend, *self.shared(x))
+        inputs = (attend, *self.shared(x, places))
         for number in numbers:
             block = self.blocks[number - 1]
             if not (self.training and self.stack.layer_drop and shared_uniform() < self.stack.layer_drop):
@@ -251,8 +255,11 @@ class Stack(Encoder):
                 hidden[number] = x
         return (norm(x) if self.norm_last else x), hidden
 
-    def shared(self, frames: Tensor) -> tuple[Tensor, ...]:
-        """Return what all blocks take besides their input `(B, T, D)`, computed once a forward pass; nothing here."""
+    def shared(self, frames: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return what all blocks take besides their input `(B, T, D)`, computed once a forward pass; nothing here.
+
+        places: `(B, T)`, where in their sequences these tokens stand; None where none is left out.
+        """
         return ()
 
     def block_flops(self, frames: int) -> float:
@@ -288,7 +295,7 @@ def _positions(config: StackConfig) -> nn.Module:
     return PositionalConvolution(config.dim, config.position_kernel, config.position_groups)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Give linear maps the weights of BERT: normal with deviation 0.02, no bias. Source: fairseq `init_bert_params`."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)

@@ -1,9 +1,10 @@
-"""A slow copy of an encoder: its weights follow, its layers are what a student learns to predict."""
+"""Teachers, whose outputs a student learns to predict: a slow copy of its encoder, or a saved model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from harken.core.errors import HarkenError
 from harken.encoders.base import Encoder
+from harken.encoders.saved import load_backbone
 from harken.nn.masked import normalise_over_time
 
 Kind = Literal["auto", "feed_forward", "block"]
@@ -96,8 +98,42 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(slow, fast, 1.0 - decay)
 
 
-def _weights_to_buffers(module: nn.Module) -> None:
+class FrozenTeacher(nn.Module):
+    """The backbone of a saved model, always in evaluation mode.
+
+    Its weights are buffers, so that no optimiser sees them, and in no checkpoint: they are read from the model again.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Load a model; raises HarkenError when there is none, or it is damaged."""
+        super().__init__()
+        self.backbone, _ = load_backbone(path)
+        self.backbone.encoder.checkpoint_blocks = False
+        _weights_to_buffers(self.backbone, persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenTeacher:  # noqa: FBT001, FBT002  torch's signature
+        """Stay in evaluation mode."""
+        return super().train(mode=False)
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """Return the last block's output `(B, T, D)` for samples `(B, S)`; lengths: `(B,)` samples, on the CPU."""
+        last: Tensor = self.backbone(inputs, lengths).last
+        return last
+
+    def flops(self, samples: int) -> float:
+        """Return the operations of a pass over `samples`, a multiply-add counted as two."""
+        own = self.backbone
+        return own.frontend.flops(samples) + own.encoder.flops(own.spec.num_frames(samples))
+
+
+def _weights_to_buffers(module: nn.Module, *, persistent: bool = True) -> None:
+    """Make parameters buffers; persistent: whether a state dict holds all buffers, or none of them."""
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
             delattr(part, name)
             part.register_buffer(name, weight.detach().clone())
+        if not persistent:
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                part.register_buffer(name, buffer, persistent=False)

@@ -49,7 +49,6 @@ class Wavlm(Transformer):
     """
 
     attention = GatedAttention
-    omits = False  # biases are of places in the sequence
 
     def __init__(self, config: WavlmConfig, input_dim: int) -> None:
         super().__init__(config, input_dim)
@@ -57,9 +56,9 @@ class Wavlm(Transformer):
             cast(GatedAttention, cast(Block, block).attention).on_query = config.gate_on == "query"
         self.bias = PositionBias(config.heads, config.position_buckets, config.position_max_distance)
 
-    def shared(self, frames: Tensor) -> tuple[Tensor, ...]:
-        """Return the biases `(H, T, T)` of frames `(B, T, D)`."""
-        return (self.bias(frames.shape[1]),)
+    def shared(self, frames: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the biases `(H, T, T)` of frames `(B, T, D)`, or `(B, H, V, V)` of tokens at `places`."""
+        return (self.bias(frames.shape[1]) if places is None else self.bias.at(places),)
 
     def block_flops(self, frames: int) -> float:
         """Add the gates to a block of the Transformer."""

@@ -49,6 +49,14 @@ class PositionBias(nn.Module):
         # the window of T offsets that begins at 1 - T is the last query's, the one that begins at 0 the first's
         return by_offset.unfold(1, frames, 1).flip(1)
 
+    def at(self, places: Tensor) -> Tensor:
+        """Return `(B, H, V, V)` of some tokens alone, whose places in their sequences are `(B, V)`."""
+        far = self.max_distance  # all offsets from here on share a bucket: each distinct one is looked up once
+        offsets = torch.arange(-far, far + 1, device=self.table.device)
+        by_offset = self.table[position_buckets(offsets, self.buckets, far)]
+        between = (places[:, None, :] - places[:, :, None]).clamp(-far, far) + far
+        return by_offset[between].permute(0, 3, 1, 2)
+
 
 class GatedAttention(SelfAttention):
     """Self-attention whose scores get a bias times a gate that each frame and head computes.
@@ -64,7 +72,7 @@ class GatedAttention(SelfAttention):
         self.gate_scale = nn.Parameter(torch.ones(heads))
 
     def forward(self, x: Tensor, attend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Attend within each sequence `(B, T, D)`; `attend` as in `SelfAttention`, `bias` `(H, T, T)`."""
+        """Attend within each sequence `(B, T, D)`; `attend` as in `SelfAttention`, `bias` `(H, T, T)`, or of each."""
         if bias is None:
             return super().forward(x, attend)
         q, k, v = self.project(x)

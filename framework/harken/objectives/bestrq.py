@@ -9,7 +9,7 @@ from typing import ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from harken.config.registry import SlotConfig, register
@@ -17,16 +17,14 @@ from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
 from harken.core.batch import Batch
 from harken.core.draws import Draws
-from harken.core.errors import HarkenError
-from harken.core.frames import FrameSpec, Window
+from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
 from harken.data.masking import SpanMask
 from harken.encoders.backbone import Backbone
 from harken.frontends.base import InputNoise
-from harken.frontends.filterbank import LogMel, LogMelConfig
-from harken.nn.masked import normalise_over_time
 from harken.objectives.base import Objective
-from harken.units.random_projection import RandomProjection, codebook_use
+from harken.units.random_codes import RandomCodes
+from harken.units.random_projection import codebook_use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +82,8 @@ class BestrqPrepare:
 class Bestrq(Objective):
     """Replaces spans of the input by noise and predicts their codes.
 
-    The quantiser sees log-mel energies normalised over each utterance, several of 10 ms stacked to one frame of the
-    encoder; just these are what the noise replaces in a filterbank. Of several codebooks the mean is the loss.
+    What the quantiser sees (`RandomCodes`) is just what the noise replaces in a filterbank. Of several codebooks the
+    mean is the loss.
     Source: arXiv 2202.01855 section 3.
     """
 
@@ -95,16 +93,14 @@ class Bestrq(Objective):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        # `name` selects nothing here: it is a field of every slot's configuration
-        self.log_mel = LogMel(LogMelConfig(name="", sample_rate=run.data.sample_rate, bands=config.bands))
-        self.window = Window(self.log_mel.size, self.log_mel.hop)
-        if backbone.spec.stride % self.window.stride:
-            raise HarkenError(
-                f"`objective.name: {config.name}` needs frames of a multiple of {self.window.stride} samples (10 ms), "
-                f"got {backbone.spec.stride} from `frontend.name: {run.frontend.name}`"
-            )
-        stacked = backbone.spec.middle(self.window)[1] * config.bands
-        self.quantiser = RandomProjection(stacked, config.code_dim, config.codes, config.codebooks, run.seed)
+        self.quantiser = RandomCodes(
+            backbone.spec,
+            bands=config.bands,
+            code_dim=config.code_dim,
+            codes=config.codes,
+            codebooks=config.codebooks,
+            seed=run.seed,
+        )
         self.head = nn.Linear(backbone.dim, config.codebooks * config.codes)
 
     @staticmethod
@@ -119,7 +115,7 @@ class Bestrq(Objective):
         noise = InputNoise(batch.targets["mask"], batch.targets["noise_keys"], own.mask_noise)
         _, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, {}, noise)
         encoded = self.backbone.encoder.encode(x, lengths)
-        codes = self.codes(batch.inputs, batch.lengths, x.shape[1]).flatten(0, 1)
+        codes = self.quantiser.of_audio(batch.inputs, batch.lengths, x.shape[1]).flatten(0, 1)
         logits = self.head(encoded.last.flatten(0, 1)[masked]).float().unflatten(-1, (own.codebooks, own.codes))
         loss = functional.cross_entropy(logits.flatten(0, 1), codes[masked].flatten(), reduction="sum") / own.codebooks
         hits = (logits.detach().argmax(-1) == codes[masked]).sum().float()
@@ -135,25 +131,8 @@ class Bestrq(Objective):
         unused = 0.0 * self.backbone.mask_embedding.sum()
         return Loss(total=encoded.penalised(loss + unused), metrics=metrics)
 
-    @torch.no_grad()
-    def codes(self, inputs: Tensor, lengths: Tensor, frames: int) -> Tensor:
-        """Return the codes `(B, frames, codebooks)` of clean samples `(B, S)`, int64."""
-        energies = self.log_mel(inputs)
-        counts = FrameSpec((self.window,), self.backbone.spec.sample_rate).num_frames(lengths)
-        energies = normalise_over_time(energies, counts if bool((counts < energies.shape[1]).any()) else None)
-        first, many = self.backbone.spec.middle(self.window)
-        places = first + torch.arange(frames * many, device=inputs.device)
-        # a frame at the end may see less than it is long: then the last energies are taken twice
-        last = (counts.to(inputs.device) - 1).clamp(min=0)
-        rows = torch.arange(len(energies), device=inputs.device)[:, None]
-        stacked = energies[rows, torch.minimum(places, last[:, None])].unflatten(1, (frames, many)).flatten(2)
-        codes: Tensor = self.quantiser(stacked.flatten(0, 1)).unflatten(0, (len(energies), frames))
-        return codes
-
     def head_flops(self, frames: int) -> float:
         """Count output layers over the expected masked frames, and a third of the targets: they have no backward."""
         own = self.config
         head = (1 - math.exp(-own.mask_probability)) * own.codebooks * own.codes * self.backbone.dim
-        targets = self.backbone.spec.middle(self.window)[1] * self.log_mel.mel.numel()
-        targets += self.quantiser.projections.numel() + self.quantiser.codes.numel()
-        return 2.0 * frames * (head + targets / 3)
+        return 2.0 * frames * head + self.quantiser.flops(frames) / 3

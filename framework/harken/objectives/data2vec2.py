@@ -96,29 +96,13 @@ class Data2vec2Prepare:
     rows: int
 
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
-        """Add masks for `(B, M)` clones of N tokens.
-
-        `mask` `(B, M, N)`; `visible` `(B, M, V)`, places of the other real tokens, -1 beyond their number; `masked`,
-        the masks' positions when flattened; `noise_keys` `(B, M)`, from which the decoder's noise follows.
-        """
-        lengths = self.spec.num_frames(batch.lengths).tolist()
-        # the backbone pads what is too short for a frame to one
-        tokens = self.spec.num_frames(max(batch.inputs.shape[1], self.spec.receptive_field)) * self.rows
-        mask = np.zeros((len(lengths), self.clones, tokens), dtype=np.bool_)
-        keys = np.zeros(mask.shape[:2], dtype=np.int64)
-        for row, (cut, length, own) in enumerate(zip(batch.ids, lengths, draws, strict=True)):
-            rng = own.generator("mask", cut)
-            for clone in range(self.clones):
-                mask[row, clone, : length * self.rows] = self.mask.draw(length, self.rows, rng)
-            keys[row] = own.generator("decoder noise", cut).integers(2**62, size=self.clones)
-        real = np.arange(tokens)[None] < np.asarray(lengths)[:, None] * self.rows
-        seen = real[:, None] & ~mask
-        order = np.argsort(~seen, axis=-1, kind="stable")[..., : max(1, int(seen.sum(-1).max(initial=1)))]
-        visible = np.where(np.take_along_axis(seen, order, -1), order, -1)
-        masked = np.flatnonzero(mask)
-        added = {"mask": mask, "visible": visible, "masked": masked, "noise_keys": keys}
+        """Add `mask`, `visible`, `masked` (`BlockMask.draw_rows`) and `noise_keys` `(B, M)`: the decoder's noise."""
+        added = self.mask.draw_rows(batch, draws, self.spec, rows=self.rows, clones=self.clones)
+        pairs = zip(batch.ids, draws, strict=True)
+        keys = [own.generator("decoder noise", cut).integers(2**62, size=self.clones) for cut, own in pairs]
+        added["noise_keys"] = np.asarray(keys, dtype=np.int64).reshape(len(keys), self.clones)
         targets = {**batch.targets, **{name: torch.from_numpy(value) for name, value in added.items()}}
-        return replace(batch, targets=targets, num_targets=float(len(masked)))
+        return replace(batch, targets=targets, num_targets=float(len(added["masked"])))
 
 
 class GridDecoder(nn.Module):

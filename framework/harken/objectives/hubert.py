@@ -26,10 +26,8 @@ from harken.encoders.base import Encoded
 from harken.nn.masked import summed_mean_squares
 from harken.nn.unit_heads import HeadKind, UnitHead, unit_logits
 from harken.objectives.base import Objective
-from harken.units.alignment import UnitReader
-from harken.units.coverage import check_same_units
+from harken.units.alignment import UnitReader, open_units, units_fingerprint
 from harken.units.random_projection import codebook_use
-from harken.units.store import LabelStore
 
 IGNORED = -100
 """Stands for the label of a frame that a block does not predict; no class has it."""
@@ -163,20 +161,13 @@ class Hubert(Objective):
     def preparer(config: RunConfig, spec: FrameSpec, *, train: bool) -> HubertPrepare:
         """Return the mask and label reader; masks are drawn in validation too, as the loss is over masked frames."""
         own = cast(HubertConfig, config.objective)
-        if not config.data.labels:
-            raise HarkenError("`data.labels` must name a unit store for each codebook; `harken units label` makes one")
-        stores = config.data.labels
-        if config.data.valid_labels and not train:
-            stores = config.data.valid_labels
-            for folder, other in zip(config.data.labels, stores, strict=True):
-                check_same_units(LabelStore(folder).card, LabelStore(other).card)
-        return HubertPrepare(spec, own.span_mask(), UnitReader(stores, spec, own.classes), own.unmasked_weight)
+        units = open_units(config.data, spec, own.classes, train=train)
+        return HubertPrepare(spec, own.span_mask(), units, own.unmasked_weight)
 
     @staticmethod
     def fingerprint(config: RunConfig) -> dict[str, str]:
-        """Return the clusterer and features of each codebook; a store of more cuts by the same ones is as good."""
-        cards = [LabelStore(folder).card for folder in config.data.labels]
-        return {f"data.labels[{index}]": card.made_of for index, card in enumerate(cards)}
+        """Return what the units are made of."""
+        return units_fingerprint(config.data)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the cross entropy summed over masked frames and codebooks, plus the features penalty."""

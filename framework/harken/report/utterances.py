@@ -192,6 +192,7 @@ def _units(store: Store, cut: str) -> UnitRow | None:
         values = np.asarray(labels[cut], dtype=np.int64)
     except HarkenError:  # a store of other audio: the page says so by leaving the row out
         return None
+    values = values[:: card.rows]  # of patches the lowest row
     edges = (card.center + card.hop * (np.arange(len(values) + 1) - 0.5)) / card.sample_rate
     return UnitRow(name=store.name, edges=edges, values=values)
 

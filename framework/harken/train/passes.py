@@ -16,7 +16,7 @@ of it, and the rest of the step counts in full.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -142,7 +142,8 @@ class StepRunner:
     def attempt(self, passes: Passes, work: Work, idle: list[Batch], number: int, targets: float) -> int | None:
         """Run passes until one fails; return its place. Where passes send, run all of them, small ones in its stead."""
         passes.done.clear()
-        batches = [*(batch for _, batch in work), *idle]
+        # what counts what it has seen sees by this that a pass without weight is none to count
+        batches = [*(batch for _, batch in work), *(replace(batch, num_targets=0.0) for batch in idle)]
         failed, small = None, None
         for place, batch in enumerate(batches):
             last = place == len(batches) - 1

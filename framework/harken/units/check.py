@@ -18,6 +18,8 @@ DOMINATED = 0.9
 LONGEST_RUN = 0.5
 """Seconds that a unit lasts on average above which it follows speakers or silences, not sounds: a phone lasts 0.05
 to 0.2 s."""
+SHORTEST_RUN = 0.1
+"""Seconds: labels that are further apart, as those of patches are, may well change every time."""
 ENOUGH = 5
 """Labels a cluster from which on it can be said that clusters do not occur."""
 
@@ -25,6 +27,8 @@ ENOUGH = 5
 @dataclass(frozen=True)
 class UnitReport:
     """used: clusters that occur. perplexity: of the labels' distribution. mean_run: labels in a row that are equal.
+
+    Of patches these are labels of one row of the grid, time after time.
 
     counts: `(K,)` occurrences. run_lengths: how many runs have 1, 2, ... labels (the last entry: that many or more).
     """
@@ -81,8 +85,16 @@ def _blocks(
         parts = [store.values[store.index[row] : store.index[row + 1]] for row in rows[first:last]]
         values = np.concatenate(parts)
         if len(values):
-            yield values, ends[first:last] - before
+            yield _row_by_row(values, ends[first:last] - before, store.card.rows)
         first = last
+
+
+def _row_by_row(
+    values: NDArray[np.unsignedinteger[Any]], ends: NDArray[np.int64], rows: int
+) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
+    """Return labels of which `rows` are of one time, row after row, and where each cut ends in each of them."""
+    times = len(values) // rows
+    return values.reshape(times, rows).T.ravel(), (ends // rows + times * np.arange(rows)[:, None]).ravel()
 
 
 def _problems(report: UnitReport, card: Card) -> Iterator[str]:
@@ -111,5 +123,5 @@ def _warnings(report: UnitReport, card: Card) -> Iterator[str]:
         yield f"the perplexity of {card.clusters} clusters is {report.perplexity:.1f}: few units are most of the labels"
     if report.mean_run > LONGEST_RUN * card.rate:
         yield f"a unit lasts {report.mean_run / card.rate:.2f} s on average, longer than sounds of speech do"
-    if 0 < report.mean_run < 1.1:
+    if 0 < report.mean_run < 1.1 and card.rate > 1 / SHORTEST_RUN:
         yield f"a unit lasts {report.mean_run:.2f} labels on average: units that change at every label are mostly noise"

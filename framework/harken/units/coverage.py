@@ -57,14 +57,15 @@ def check_labels(store: LabelStore, cuts: Cuts) -> Iterator[Doubt]:
         return
     expected = store.card.labels_of(np.asarray(cuts.manifest.seconds)[places])
     found = store.index[rows + 1] - store.index[rows]
-    off = np.flatnonzero(np.abs(found - expected) > TOLERANCE)
+    allowed = TOLERANCE * store.card.rows
+    off = np.flatnonzero(np.abs(found - expected) > allowed)
     if len(off):
         first = off[0]
         yield Doubt(
             "wrong",
             f"{len(off)} of {len(rows)} cuts of {cuts.key} have another number of labels in {store.folder} than their "
             f"duration gives at {store.card.rate:g} a second, the first `{cuts.id_at(int(places[first]))}` "
-            f"{found[first]} instead of {expected[first]} (up to {TOLERANCE} more or fewer are allowed): the audio or "
+            f"{found[first]} instead of {expected[first]} (up to {allowed} more or fewer are allowed): the audio or "
             f"its cuts changed after labelling; run {again}",
         )
     yield from _own(store, cuts)

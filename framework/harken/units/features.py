@@ -24,13 +24,14 @@ class Features(Protocol):
     """Turns a batch of waveforms into one matrix of frames for each."""
 
     spec: FrameSpec
+    rows: int
 
     def describe(self) -> str:
         """Return what the features are, with the hash of the model if there is one: it goes into every card."""
         ...
 
     def __call__(self, batch: Batch) -> list[Frames]:
-        """Return `(T, D)` float32 for each row of the batch."""
+        """Return `(T * rows, D)` float32 for each row of the batch: of each frame `rows` tokens, 1 for most."""
         ...
 
 
@@ -48,6 +49,7 @@ class Mfcc:
     average: int = 1
 
     def __post_init__(self) -> None:
+        self.rows = 1
         self.spec = FrameSpec((Window(self.sample_rate * 25 // 1000, self.sample_rate // 100),), self.sample_rate)
 
     def describe(self) -> str:
@@ -108,7 +110,7 @@ class Hidden:
             raise HarkenError(f"`--layer` must lie in 0..{self.backbone.encoder.num_layers} for {model}, got {layer}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone.to(self.device)
-        self.spec = self.backbone.spec
+        self.spec, self.rows = self.backbone.spec, 1  # all patches of a time are clustered as one
 
     def describe(self) -> str:
         """Return the layer and the hash of the weights."""

@@ -31,6 +31,7 @@ from harken.data.plan import rectangles
 from harken.units.clusterer import Clusterer
 from harken.units.features import Features
 from harken.units.store import Card, begin_store, fit_length, order_entries, write_reasons
+from harken.units.tokenizer import tokenizer_clusterer
 
 BATCHES_OF_A_PIECE = 8
 MakeFeatures = Callable[[], Features]
@@ -38,11 +39,14 @@ MakeFeatures = Callable[[], Features]
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of a labelling needs; it is pickled to them."""
+    """What every process of a labelling needs; it is pickled to them.
+
+    clusterer: folder of the one that was fitted on the features; None where these are a tokenizer's, which has its own.
+    """
 
     out: Path
     manifests: tuple[str, ...]
-    clusterer: str
+    clusterer: str | None
     features: MakeFeatures
     sample_rate: int
     max_seconds: float
@@ -64,8 +68,8 @@ def label(job: Job, processes: int, say: Callable[[str], None], piece: Piece | N
     piece: of the work, to be done alone; the store is finished by a call without one.
     Raises HarkenError when the clusterer was fitted on other features, or a process failed.
     """
-    clusterer = Clusterer.load(job.clusterer)
     features = job.features()
+    clusterer = open_clusterer(job, features)
     if features.describe() != clusterer.features:
         raise HarkenError(
             f"{job.clusterer} clusters `{clusterer.features}`, and these features are `{features.describe()}`"
@@ -81,6 +85,7 @@ def label(job: Job, processes: int, say: Callable[[str], None], piece: Piece | N
         dtype=Card.smallest_dtype(len(clusterer.centroids)),
         cuts=len(layout.ids),
         labels=int(layout.index[-1]),
+        rows=features.rows,
     )
     if not _start_store(job, layout, card):
         say(f"{job.out} is finished: nothing to do")
@@ -103,6 +108,14 @@ def label(job: Job, processes: int, say: Callable[[str], None], piece: Piece | N
     return card
 
 
+def open_clusterer(job: Job, features: Features) -> Clusterer:
+    """Return what names features: the clusterer that was fitted on them, or the codebook of a tokenizer.
+
+    Raises HarkenError when it is missing or damaged.
+    """
+    return tokenizer_clusterer(features) if job.clusterer is None else Clusterer.load(job.clusterer)
+
+
 def plan_layout(job: Job, features: Features) -> Layout:
     """Plan batches and offsets from durations alone."""
     batches: list[tuple[int, NDArray[np.int64]]] = []
@@ -113,7 +126,10 @@ def plan_layout(job: Job, features: Features) -> Layout:
         batches += [(number, places) for places in rectangles(seconds, job.max_seconds)]
         for place, duration in enumerate(seconds.tolist()):
             entries.append(
-                (str(manifest.line(place)["id"]), int(features.spec.num_frames(round(duration * job.sample_rate))))
+                (
+                    str(manifest.line(place)["id"]),
+                    features.rows * features.spec.num_frames(round(duration * job.sample_rate)),
+                )
             )
     ids, index = order_entries(entries, ", ".join(job.manifests))
     pieces = [batches[start : start + BATCHES_OF_A_PIECE] for start in range(0, len(batches), BATCHES_OF_A_PIECE)]
@@ -131,7 +147,8 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
             if not path.is_file():  # another piece has just made it
                 raise
         _make_store(job, layout, card, plan)
-    if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
+    # a store that was begun before there were patches does not say that it has one row
+    if {"rows": 1, **json.loads(path.read_text())} != json.loads(json.dumps(plan)):
         raise HarkenError(
             f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it"
         )
@@ -188,7 +205,7 @@ def _work(job: Job, pieces: list[int]) -> None:
     torch.set_num_threads(1)
     features = job.features()
     layout = plan_layout(job, features)
-    clusterer = Clusterer.load(job.clusterer)
+    clusterer = open_clusterer(job, features)
     manifests = [Manifest(path) for path in job.manifests]
     dtype = np.dtype(Card.smallest_dtype(len(clusterer.centroids)))
     descriptor = os.open(job.out / "labels.bin", os.O_WRONLY)
@@ -202,7 +219,8 @@ def _work(job: Job, pieces: list[int]) -> None:
                 for cut, frames in zip(batch.ids, features(batch), strict=True):
                     row = layout.rows[cut]
                     first, last = int(layout.index[row]), int(layout.index[row + 1])
-                    labels = fit_length(clusterer(frames), last - first, cut, unreadable)
+                    labels = clusterer(frames).reshape(-1, features.rows)
+                    labels = fit_length(labels, (last - first) // features.rows, cut, unreadable)
                     os.pwrite(descriptor, labels.astype(dtype).tobytes(), first * dtype.itemsize)
             os.fsync(descriptor)
             write_json_atomic(_marker(job.out, piece), {"unreadable": unreadable})

@@ -33,7 +33,7 @@ from harken.core.errors import HarkenError
 from harken.core.files import atomic_path, write_json_atomic, write_text_atomic
 
 TOLERANCE = 2
-"""Labels by which what a file gives may differ from what its stated duration promises."""
+"""Labels, of each row, by which what a file gives may differ from what its stated duration promises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class Card:
     """What a store's labels are.
 
     clusters: K. center: sample at the middle of what label 0 saw. hop: samples between labels. features: what was
-    clustered, with the hash of its model. clusterer: hash of the centroids. cuts, labels: how many there are.
+    clustered, with the hash of its model. clusterer: hash of the centroids. cuts, labels: how many there are. rows:
+    labels of one time, side by side: those of a frame's patches; 1 for speech, and in cards that do not say it.
     """
 
     clusters: int
@@ -53,10 +54,11 @@ class Card:
     dtype: str
     cuts: int
     labels: int
+    rows: int = 1
 
     @property
     def rate(self) -> float:
-        """Labels a second."""
+        """Labels a second, those of one time counted once."""
         return self.sample_rate / self.hop
 
     @property
@@ -65,10 +67,10 @@ class Card:
         return f"{self.clusters} clusters {self.clusterer[:16]} of {self.features}"
 
     def labels_of(self, seconds: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """Return how many labels cuts of these seconds have: one where a whole window lies inside the cut."""
+        """Return how many labels cuts of these seconds have: `rows` where a whole window lies inside the cut."""
         window = 2 * self.center + 1
         samples = np.rint(np.asarray(seconds, dtype=np.float64) * self.sample_rate)
-        return np.maximum((samples - window) // self.hop + 1, 0).astype(np.int64)
+        return self.rows * np.maximum((samples - window) // self.hop + 1, 0).astype(np.int64)
 
     @classmethod
     def smallest_dtype(cls, clusters: int) -> str:
@@ -238,11 +240,12 @@ def begin_store(folder: Path, ids: list[str], index: NDArray[np.int64], card: Ca
 
 
 def fit_length(labels: NDArray[Any], expected: int, cut: str, unreadable: dict[str, str]) -> NDArray[Any]:
-    """Give a cut exactly the labels its duration promises; what differs by more than the tolerance is named."""
+    """Give a cut exactly the `(T, ...)` labels its duration promises; what is off by more than the tolerance is named."""
     if abs(len(labels) - expected) > TOLERANCE:
         unreadable[cut] = f"cut `{cut}` gives {len(labels)} frames where its duration promises {expected}"
     if len(labels) < expected:
-        labels = np.pad(labels, (0, expected - len(labels)), mode="edge" if len(labels) else "constant")
+        missing = ((0, expected - len(labels)), *((0, 0) for _ in labels.shape[1:]))
+        labels = np.pad(labels, missing, mode="edge" if len(labels) else "constant")
     return labels[:expected]
 
 
