@@ -31,7 +31,11 @@ INSIDE = """set -e
 root="$1" binds="$2"; shift 2
 mount -t proc proc "$root/proc"
 mount -t tmpfs tmpfs "$root/dev/shm"
-for bind in $binds; do mkdir -p "$root$bind"; mount --bind "$bind" "$root$bind"; mount -o remount,bind,ro "$root$bind"; done
+for bind in $binds; do
+  mkdir -p "$root$bind"
+  mount --bind "$bind" "$root$bind"
+  mount -o remount,bind,ro "$root$bind"
+done
 exec chroot "$root" "$@"
 """
 
@@ -67,7 +71,7 @@ def dockerfile_steps(text: str, target: str) -> list[Step]:
             raise ValueError(f"instructions must be FROM, {', '.join(DOCKER)}, found {word}")
     if target not in stages:
         raise ValueError(f"--target must be one of {', '.join(filter(None, stages))}, got {target!r}")
-    return stages[target]
+    return sorted(stages[target], key=lambda step: step.kind == "command")  # what an image starts with comes last
 
 
 def apptainer_steps(text: str) -> list[Step]:
@@ -146,9 +150,7 @@ class Build:
     def _debian(self, image: str) -> None:
         number = re.fullmatch(r"debian:(\d+)(?:\.\d+)?(?:-slim)?", image)
         if number is None or number[1] not in RELEASES:
-            raise ValueError(
-                f"the base must be debian:{' or debian:'.join(RELEASES)}, with a point and -slim, got {image}"
-            )
+            raise ValueError(f"the base must be debian:{' or debian:'.join(RELEASES)}, got {image}")
         name, mirror = RELEASES[number[1]], self.site.mirror
         _call(["debootstrap", "--variant=minbase", name, str(self.root), mirror])
         (self.root / "etc/apt/sources.list").write_text(SOURCES.format(name=name, mirror=mirror))
@@ -207,14 +209,10 @@ def main() -> int:
         "--environment", action="append", default=[], metavar="NAME=VALUE", help="of all commands, such as PIP_CERT=..."
     )
     parser.add_argument(
-        "--bind", action="append", default=[], metavar="DIR", help="folder of this machine that commands see, read-only"
+        "--bind", action="append", default=[], metavar="DIR", help="folder of here that commands see, read-only"
     )
-    parser.add_argument(
-        "--mirror", default="http://deb.debian.org/debian", help="of Debian's packages (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="new folder for the root, kept at the end (default: a temporary one)"
-    )
+    parser.add_argument("--mirror", default="http://deb.debian.org/debian", help="of Debian (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="new folder for the root, which is kept (default: temporary)")
     args = parser.parse_args()
     why = missing({name: shutil.which(name) for name in ("debootstrap", "unshare", "chroot")}, os.geteuid())
     if why:

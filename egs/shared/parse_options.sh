@@ -37,7 +37,7 @@ On a Slurm cluster (docs/cluster.md):
   --gpus G         GPUs of each node, one process each (default: 0, then --nproc)
   --partition P    of all jobs (default: those of the cluster's file)
   --time T         limit of a start of a job that trains; it saves, is requeued and goes on
-  --pieces N       tasks of the array that does a stage of data, labels or decoding; 1 makes none (default: `pieces` of
+  --pieces N       tasks of the array that does a stage of data, labels or decoding; 1 makes none (default: that of
                    the cluster's file)
   --cluster FILE   your cluster's file (default: slurm/cluster.yaml)
   --dry-run        print the jobs and submit none
