@@ -1,7 +1,7 @@
 """Runs what a container file runs, line by line and in its order, in a clean Debian, without a container engine.
 
-    tools/check_containers.py docker/Dockerfile --target cpu --argument TORCH_ARGS="--index-url URL_OF_CPU_BUILDS"
-    tools/check_containers.py docker/harken.def --argument TORCH_ARGS="--index-url URL_OF_CPU_BUILDS"
+    python tools/check_containers.py docker/Dockerfile --target cpu --argument TORCH_ARGS="--index-url URL"
+    python tools/check_containers.py docker/harken.def --argument TORCH_ARGS="--index-url URL"
 
 It needs root, debootstrap and unshare (util-linux). The root is what debootstrap installs of the release that the file
 names, not its image: the newest point release instead of the pinned one, with documentation that a slim image lacks.
@@ -179,7 +179,8 @@ def _call(command: Sequence[str], **options: object) -> None:
 def build(path: Path, root: Path, site: argparse.Namespace) -> bool:
     """Take all steps of a file and say how each went; False, after the first that failed."""
     made = Build(root, site)
-    for number, step in enumerate(steps_of(path, site.target), start=1):
+    steps = [step for step in steps_of(path, site.target) if step.kind != "test" or site.test]
+    for number, step in enumerate(steps, start=1):
         print(f"== step {number}: {step.kind} {step.text.strip()}", flush=True)
         before = time.monotonic()
         try:
@@ -211,6 +212,7 @@ def main() -> int:
     parser.add_argument(
         "--bind", action="append", default=[], metavar="DIR", help="folder of here that commands see, read-only"
     )
+    parser.add_argument("--test", action="store_true", help="take an Apptainer definition's %%test, too")
     parser.add_argument("--mirror", default="http://deb.debian.org/debian", help="of Debian (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="new folder for the root, which is kept (default: temporary)")
     args = parser.parse_args()
