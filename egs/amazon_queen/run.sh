@@ -66,9 +66,7 @@ stage 2 corpus "${corpus:-the Debian package}" "$data/train.jsonl $data/test.jso
 verify_corpus() { # DATA: index every split, decode every file once, describe, list the characters
   local folder="$1" split
   anew "$folder"/*.verify.pieces
-  for split in train train-10min train-30min train-120min dev test test-unseen; do
-    harken data index "$folder/$split.jsonl"
-  done
+  harken data index "$folder"/{train,train-10min,train-30min,train-120min,dev,test,test-unseen}.jsonl
   for split in train dev test test-unseen; do
     harken_in_pieces data verify "$folder/$split.jsonl"
   done

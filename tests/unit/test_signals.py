@@ -30,6 +30,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "rank.py").write_text(RANK)
     package = tmp_path / "deepspeed/launcher"
     package.mkdir(parents=True)
+    for part in (package, package.parent):  # a regular package, as the one that is installed
+        (part / "__init__.py").touch()
     for path in (tmp_path / "torchrun", tmp_path / "bin/deepspeed", package / "launch.py", tmp_path / "other.py"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(START)
