@@ -65,18 +65,17 @@ stage 2 corpus "${corpus:-the Debian package}" "$data/train.jsonl $data/test.jso
 
 verify_corpus() { # DATA: index every split, decode every file once, describe, list the characters
   local folder="$1" split
-  for split in train train-10min train-30min train-120min dev test test-unseen; do
-    harken data index "$folder/$split.jsonl"
-  done
+  anew "$folder"/*.verify.pieces
+  harken data index "$folder"/{train,train-10min,train-30min,train-120min,dev,test,test-unseen}.jsonl
   for split in train dev test test-unseen; do
-    harken data verify "$folder/$split.jsonl"
+    harken_in_pieces data verify "$folder/$split.jsonl"
   done
   harken data stats "$folder/train.jsonl" "$folder/dev.jsonl" "$folder/test.jsonl" "$folder/test-unseen.jsonl"
   harken data tokens "$folder/train.jsonl" --out "$folder/tokens.txt"
 }
-stage 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
+stage_in_pieces 3 verify "$data/train.jsonl $data/test.jsonl" "$data/tokens.txt" verify_corpus "$data"
 
-stage 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
+stage_in_pieces 4 units1 "$data/train.jsonl $data/dev.jsonl" "$exp/units1/labels/" \
   queen_units "$exp/units1" "$clusters1" "$max_frames" --features mfcc --subtract-mean --average 4
 
 pretrain_stage 5 "$exp/pretrain1" "$exp/units1/labels" "$clusters1" "$recipe/conf/$mode/pretrain.yaml"
@@ -92,15 +91,16 @@ train_stage 8 finetune "$data/$labelled.jsonl $exp/pretrain2/checkpoints/" "$exp
 # Best path, then prefix beam with a character n-gram of the training transcripts.
 decode_and_score() { # MODEL OUT LABELLED
   local model="$1" out="$2" labelled="$3" split
+  anew "$out"/{greedy,beam}/*.pieces
   harken ngram "$data/$labelled.jsonl" --tokens "$data/tokens.txt" --order 6 --out "$out/characters.arpa"
-  harken decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/greedy"
-  harken decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" \
+  harken_in_pieces decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/greedy"
+  harken_in_pieces decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" \
     --method prefix_beam --ngram "$out/characters.arpa" --ngram-weight 0.8 --insertion-bonus 1.5
   for split in greedy/test greedy/test-unseen beam/test beam/test-unseen; do
     harken score "$out/$split.jsonl" --out "$out/$split-score"
   done
 }
-stage 9 decode "$data/test.jsonl $data/test-unseen.jsonl $exp/finetune/checkpoints/" "$exp/decode/greedy/test.jsonl" \
+stage_in_pieces 9 decode "$data/test.jsonl $data/test-unseen.jsonl $exp/finetune/checkpoints/" "$exp/decode/greedy/test.jsonl" \
   decode_and_score "$exp/finetune" "$exp/decode" "$labelled"
 
 stage 10 report "$exp/pretrain1/ $exp/pretrain2/ $exp/finetune/ $exp/decode/" "$exp/report.html" \

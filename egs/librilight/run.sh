@@ -92,7 +92,7 @@ describe_corpus() { # MANIFEST
 stage 3 index "$train" "$train.idx/" describe_corpus "$train"
 
 # Fitted on LibriSpeech: fitting reads a corpus once, and 60,000 hours would cost as much again as labelling them.
-stage 4 units "$fitted $train $valid $teacher/" "$exp/units/labels/" \
+stage_in_pieces 4 units "$fitted $train $valid $teacher/" "$exp/units/labels/" \
   make_units "$exp/units" "$clusters" "$max_frames" "$fitted" "$train" "$valid" -- \
   --features hidden --model "$teacher" --layer "$layer"
 

@@ -104,25 +104,26 @@ fi
 
 verify_corpus() { # FOLDER BPE: index every list, decode every file once, describe, make the tokenizers
   local folder="$1" bpe="$2" path
+  anew "$folder"/*.verify.pieces
   harken data index "$folder"/train-*.jsonl "$folder"/{dev,test}-{clean,other}.jsonl
   for path in "$folder"/train-960h.jsonl "$folder"/{dev,test}-{clean,other}.jsonl; do
-    harken data verify "$path" --max-clipped 1 # a damaged file stops here; one that is clipped is so for everybody
+    harken_in_pieces data verify "$path" --max-clipped 1 # a damaged file stops here; one that is clipped is so for everybody
   done
   harken data stats "$folder"/train-960h.jsonl "$folder"/{dev,test}-{clean,other}.jsonl
   harken data tokens "$folder/train-960h.jsonl" --out "$folder/characters.txt"
   harken data tokens "$folder/train-960h.jsonl" --out "$folder/bpe-$bpe.model" --size "$bpe"
 }
-stage 3 verify "$train ${tests[*]}" "$data/characters.txt $data/bpe-$bpe.model" verify_corpus "$data" "$bpe"
+stage_in_pieces 3 verify "$train ${tests[*]}" "$data/characters.txt $data/bpe-$bpe.model" verify_corpus "$data" "$bpe"
 
 if [ -z "$pretrained" ]; then
-  stage 4 units1 "$train $valid" "$exp/units1/labels/" \
+  stage_in_pieces 4 units1 "$train $valid" "$exp/units1/labels/" \
     make_units "$exp/units1" "$clusters1" "$max_frames" "$train" "$train" "$valid" -- --features mfcc
 
   train_stage 5 pretrain1 "$train $exp/units1/labels/" "$exp/pretrain1" \
     "$recipe/conf/hubert/iteration1.yaml" "${conf_files[@]}" "objective.classes=[$clusters1]" \
     "data.train=$train" "data.valid=$valid" "data.labels=[$exp/units1/labels]"
 
-  stage 6 units2 "$train $valid $exp/pretrain1/checkpoints/" "$exp/units2/labels/" make_units "$exp/units2" \
+  stage_in_pieces 6 units2 "$train $valid $exp/pretrain1/checkpoints/" "$exp/units2/labels/" make_units "$exp/units2" \
     "$clusters2" "$max_frames" "$train" "$train" "$valid" -- --features hidden --model "$exp/pretrain1" --layer "$layer"
 
   train_stage 7 "pretrain2-$method" "$train $exp/units2/labels/" "$exp/$method" \
@@ -149,7 +150,8 @@ decode_and_score() { # MODEL OUT OPTION... -- MANIFEST...
   shift 2
   while [ "$1" != -- ]; do options+=("$1"); shift; done
   shift
-  harken decode "$model" "$@" --out "$out" "${options[@]}"
+  anew "$out"/*.pieces
+  harken_in_pieces decode "$model" "$@" --out "$out" "${options[@]}"
   for path in "$@"; do
     path="$out/$(basename "$path")"
     harken score "$path" --out "${path%.jsonl}-score"
@@ -168,9 +170,9 @@ for word in $labels; do
     if [ "$objective" = ctc ]; then
       beam=(--method prefix_beam --ngram "$characters" --ngram-weight 0.5 --insertion-bonus 0.5)
     fi
-    stage 9 "$name-greedy" "${tests[*]} $exp/$name/checkpoints/" "$exp/decode/$name-greedy/" \
+    stage_in_pieces 9 "$name-greedy" "${tests[*]} $exp/$name/checkpoints/" "$exp/decode/$name-greedy/" \
       decode_and_score "$exp/$name" "$exp/decode/$name-greedy" --method greedy -- "${tests[@]}"
-    stage 9 "$name-beam" "${tests[*]} $exp/$name/checkpoints/ $characters" "$exp/decode/$name-beam/" \
+    stage_in_pieces 9 "$name-beam" "${tests[*]} $exp/$name/checkpoints/ $characters" "$exp/decode/$name-beam/" \
       decode_and_score "$exp/$name" "$exp/decode/$name-beam" "${beam[@]}" -- "${tests[@]}"
   done
 done

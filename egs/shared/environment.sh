@@ -10,9 +10,26 @@ else
 fi
 
 # What a stage runs is noted as a user would type it (note_command of stages.sh); the report shows it.
+# A piece of a stage (stage_in_pieces of stages.sh) leaves it to the others, and so does the end what the begin has done.
 harken() {
+  case "${stage_part:-}" in "" | begin) ;; *) return ;; esac
   note_command harken "$@"
   "$python" -m harken.apps.main "$@"
+}
+
+# A command that knows --piece, in a stage that is done in pieces. The first of them is where the begin ends.
+harken_in_pieces() {
+  case "${stage_part:-}" in
+    "") harken "$@" ;;
+    begin) exit 0 ;;
+    end) stage_part=""; harken "$@" ;;
+    *) "$python" -m harken.apps.main "$@" --piece "$stage_part" ;;
+  esac
+}
+
+# Removes what an earlier run of a stage has left, where the stage begins.
+anew() { # PATH...
+  case "${stage_part:-}" in "" | begin) rm -rf "$@" ;; esac
 }
 
 # One process needs no launcher; several are started by torchrun, which restarts none: a stage resumes when run again.

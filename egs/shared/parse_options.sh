@@ -3,12 +3,13 @@
 #
 # The recipe defines `recipe` (its folder) and `last_stage` before, and a function `usage` that says what it does and
 # gives examples. Variables set here: stage stop_stage mode nproc conf exp corpus force python launcher nodes gpus
-# partition time cluster dry_run, all documented below; given, the words of the command line but --dry-run; and processes, how many
-# train together on all nodes. The launcher `job` is for the jobs that slurm submits: one stage, spread over the job's nodes.
+# partition time pieces cluster dry_run, all documented below; given, the words of the command line but --dry-run; and processes, how
+# many train together on all nodes. The launcher `job` is for the jobs that slurm submits: one stage, spread over the job's nodes.
+# They are told that stage by `--only NUMBER-NAME`, and what of it they are to do by `--piece`: begin, or I/N (stages.sh).
 # A recipe with options of its own lists them in the array `recipe_options`, as names of variables it has set already.
 
 stage=1 stop_stage="" mode=full nproc=1 conf="" exp="" corpus="" force="" python=""
-launcher=local nodes=1 gpus=0 partition="" time="" cluster="" dry_run=""
+launcher=local nodes=1 gpus=0 partition="" time="" pieces="" cluster="" dry_run="" only="" piece=""
 given=() processes=1
 recipe_options=("${recipe_options[@]}")
 
@@ -36,6 +37,8 @@ On a Slurm cluster (docs/cluster.md):
   --gpus G         GPUs of each node, one process each (default: 0, then --nproc)
   --partition P    of all jobs (default: those of the cluster's file)
   --time T         limit of a start of a job that trains; it saves, is requeued and goes on
+  --pieces N       tasks of the array that does a stage of data, labels or decoding; 1 makes none (default: that of
+                   the cluster's file)
   --cluster FILE   your cluster's file (default: slurm/cluster.yaml)
   --dry-run        print the jobs and submit none
 A finished stage is skipped with a reason. The output of stage N is kept in DIR/logs, its marker in DIR/stages.
@@ -55,9 +58,10 @@ is_recipe_option() { # NAME
 set_option() { # NAME VALUE, the name as it stands on the command line
   local variable="${1//-/_}"
   case "$1" in
-    stage | stop-stage | mode | nproc | conf | exp | corpus | python | launcher | nodes | gpus | partition | time | cluster)
+    stage | stop-stage | mode | nproc | conf | exp | corpus | python | launcher | nodes | gpus | partition | time | pieces)
       printf -v "$variable" '%s' "$2"
       ;;
+    cluster | only | piece) printf -v "$variable" '%s' "$2" ;;
     *)
       is_recipe_option "$variable" || die "unknown option --$1; --help lists the known ones"
       printf -v "$variable" '%s' "$2"
@@ -72,9 +76,13 @@ check_launcher() {
   esac
   if ! is_whole_number "$nodes" || [ "$nodes" -lt 1 ]; then die "--nodes must be 1 or more, got '$nodes'"; fi
   is_whole_number "$gpus" || die "--gpus must be a whole number, got '$gpus'"
-  if [ "$launcher" = local ] && [ "$nodes$gpus$partition$time$dry_run" != 10 ]; then
-    die "--nodes, --gpus, --partition, --time and --dry-run are for --launcher slurm"
+  if [ -n "$pieces" ] && { ! is_whole_number "$pieces" || [ "$pieces" -lt 1 ]; }; then
+    die "--pieces must be 1 or more, got '$pieces'"
   fi
+  if [ "$launcher" = local ] && [ "$nodes$gpus$partition$time$pieces$dry_run" != 10 ]; then
+    die "--nodes, --gpus, --partition, --time, --pieces and --dry-run are for --launcher slurm"
+  fi
+  if [ "$launcher" != job ] && [ -n "$only$piece" ]; then die "--only and --piece are for the jobs of --launcher slurm"; fi
   if [ -n "$cluster" ]; then
     [ -f "$cluster" ] || die "--cluster must be a file, found none at $cluster"
     cluster="$(realpath "$cluster")"

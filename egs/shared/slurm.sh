@@ -3,9 +3,17 @@
 #
 # A stage's job runs the recipe with the same options for that stage alone, so the same code decides there what is
 # finished and what continues. It waits for the job of the stage before; when that does not succeed, Slurm cancels it.
+# A stage in pieces has three jobs: one that begins it, an array of pieces, and one that ends it.
 
 submit_stage() { # NAME MARKER; sets stage_job
-  local name="$1" marker="$2" after="$stage_job" arguments=(--exp "$exp" --name "$1")
+  local name="$1" marker="$2" after="$stage_job" arguments=(--exp "$exp" --name "$1") command word
+  command=("$(command -v bash)" "$recipe/$(basename "$0")")
+  for word in "${given[@]}"; do
+    # a stage in pieces is forced by its markers being gone, once for all its jobs
+    if [ -z "${in_pieces:-}" ] || [ "$word" != --force ]; then command+=("$word"); fi
+  done
+  command+=(--launcher job --stage "${name%%-*}" --stop-stage "${name%%-*}" --only "$name")
+  if [ -n "${in_pieces:-}" ] && [ "$pieces" != 1 ]; then arguments+=(--begin --pieces "${pieces:-cluster}"); fi
   if [ -n "$partition" ]; then arguments+=(--partition "$partition"); fi
   if [ -n "$cluster" ]; then arguments+=(--cluster "$cluster"); fi
   if [ -n "$after" ]; then arguments+=(--after "$after"); fi
@@ -14,16 +22,14 @@ submit_stage() { # NAME MARKER; sets stage_job
     if [ -n "$time" ]; then arguments+=(--time "$time"); fi
   fi
   if [ -n "$dry_run" ]; then
-    "$python" -m harken.apps.main launch "${arguments[@]}" --dry-run -- "$(command -v bash)" "$recipe/$(basename "$0")" \
-      "${given[@]}" --launcher job --stage "${name%%-*}" --stop-stage "${name%%-*}"
+    "$python" -m harken.apps.main launch "${arguments[@]}" --dry-run -- "${command[@]}"
     stage_job="JOB_OF_$name"
     stage_table+=("$(printf '%-14s printed, not submitted' "$name")")
     return
   fi
   # Forced, it must run even when its first start ends before it has begun the stage.
   if [ "$force" = 1 ]; then rm -f "$marker" "${marker%.done}.begun"; fi
-  stage_job="$("$python" -m harken.apps.main launch "${arguments[@]}" --parsable -- "$(command -v bash)" "$recipe/$(basename "$0")" \
-    "${given[@]}" --launcher job --stage "${name%%-*}" --stop-stage "${name%%-*}")"
+  stage_job="$("$python" -m harken.apps.main launch "${arguments[@]}" --parsable -- "${command[@]}")"
   echo "job $stage_job${after:+, after job $after}: $exp/jobs/$name.sbatch"
   stage_table+=("$(printf '%-14s job %s' "$name" "$stage_job")")
 }

@@ -14,6 +14,12 @@
 # A finished stage leaves EXP/stages/NUMBER-NAME.done. One that failed or was stopped leaves .begun and runs again.
 # What a stage ran stands in NUMBER-NAME.commands beside them.
 # With --launcher slurm a stage is not run but submitted (see slurm.sh): its job runs the recipe for that stage alone.
+#
+#   stage_in_pieces ...as stage...
+#
+# is for a stage most of whose work knows --piece. Run here it is a stage like any other. As jobs its COMMAND runs several
+# times: to its first `harken_in_pieces` (the begin); these alone (each piece); from the first of them on (the end). So COMMAND
+# is a function that works by `harken`, `harken_in_pieces` and `anew` of environment.sh alone, and what pieces need comes first.
 
 # shellcheck source=egs/shared/slurm.sh
 . "$(dirname "${BASH_SOURCE[0]}")/slurm.sh"
@@ -21,6 +27,7 @@
 stages_begun=$SECONDS
 stage_table=()
 stage_child="" stage_signal="" stage_status=0 stage_now="" stage_commands="" stage_anew="" stage_job=""
+stage_part="" # what is to be done of a stage in pieces: begin, I/N, end; all of it where this is empty
 
 # What a stage's command is: its arguments, the text of the function that it calls (not of those that this one calls),
 # the scripts among its arguments, and every resolved value of its configuration: a file that a configuration reaches
@@ -116,6 +123,14 @@ stage_due() { # MARKER HASH READS
     elif [ -n "${resumes:-}" ]; then
       echo "begun on $since and not finished, continues"
       stage_anew=""
+    elif [ -n "$(marker_value "$begun" ready)" ]; then
+      stage_anew=""
+      if [ "$stage_part" = begin ]; then
+        echo "begun on $since, its pieces are next"
+        return 1
+      fi
+      echo "begun on $since and not finished, continues"
+      stage_part="${stage_part:-end}"
     else
       echo "begun on $since and not finished, runs again"
     fi
@@ -140,6 +155,14 @@ begin_stage() { # MARKER HASH
     printf 'hash=%s\nbegun=%s\n' "$2" "$(date '+%F %T')" > "$begun.tmp"
     mv "$begun.tmp" "$begun"
   fi
+}
+
+# What the pieces of a stage need is there.
+mark_ready() { # MARKER HASH SECONDS
+  local begun="${1%.done}.begun" since
+  since="$(marker_value "$begun" begun)"
+  printf 'hash=%s\nbegun=%s\nready=%s\nseconds=%s\n' "$2" "$since" "$(date '+%F %T')" "$3" > "$begun.tmp"
+  mv "$begun.tmp" "$begun"
 }
 
 write_marker() { # MARKER HASH SECONDS WRITES
@@ -173,7 +196,7 @@ run_logged() { # LOG COMMAND...
   shift
   pipe="$(mktemp -u)"
   mkfifo "$pipe"
-  tee -i "$log" < "$pipe" &
+  tee -i -a "$log" < "$pipe" &
   tee=$!
   stage_signal="" stage_status=0
   set -m
@@ -214,12 +237,60 @@ cost_of() { # SECONDS WRITES: what a stage cost, for the reader
   echo "$1 s$sizes"
 }
 
-stage() {
-  local number="$1" name="$2" reads="$3" writes="$4" marker log hash begun cost
+# Where a stage, or a part of it, keeps what it prints. The end adds to what the begin has.
+open_log() { # NAME; sets log
+  case "$stage_part" in
+    */*) log="$exp/logs/pieces/$1-${stage_part%/*}.log" ;;
+    *) log="$exp/logs/$1.log" ;;
+  esac
+  mkdir -p "$(dirname "$log")"
+  if [ -f "$log" ] && [ "$stage_part" != end ]; then mv "$log" "$log.old"; fi
+}
+
+# What a stage ran, for the report; all pieces run the same.
+open_commands() { # MARKER COMMAND...
+  stage_commands="${1%.done}.commands"
+  case "$stage_part" in
+    end) ;;
+    */*) stage_commands="" ;;
+    *) : > "$stage_commands" ;;
+  esac
+  shift
+  if ! declare -F "$1" > /dev/null; then note_command "$@"; fi
+}
+
+run_stage() { # MARKER HASH READS WRITES COMMAND...
+  local marker="$1" hash="$2" reads="$3" writes="$4" log begun earlier seconds cost
   shift 4
-  stage_now="$number $name"
+  begin_stage "$marker" "$hash"
+  open_log "$(basename "$marker" .done)"
+  printf 'reads:   %s\nwrites:  %s\nlog:     %s\n' "$reads" "$writes" "$log"
+  printf 'command: %s\n' "$(printf '%q ' "$@")"
+  open_commands "$marker" "$@"
+  begun=$SECONDS
+  run_logged "$log" "$@"
+  seconds=$((SECONDS - begun))
+  if [ "$stage_status" != 0 ] || [ -n "$stage_signal" ]; then stage_failed "$stage_status" "$seconds" "$log"; fi
+  case "$stage_part" in
+    begin) mark_ready "$marker" "$hash" "$seconds" ;;
+    "" | end)
+      earlier="$(marker_value "${marker%.done}.begun" seconds)"
+      seconds=$((seconds + ${earlier:-0}))
+      write_marker "$marker" "$hash" "$seconds" "$writes"
+      ;;
+  esac
+  cost="$(cost_of "$seconds" "$writes")"
+  echo "cost:    $cost"
+  stage_table+=("$(printf '%-3s %-14s %s' "${stage_now% *}" "${stage_now#* }" "$cost")")
+}
+
+stage() {
+  local number="$1" name="$2" reads="$3" writes="$4" marker hash command=() word
+  shift 4
+  stage_now="$number $name" stage_part="$piece"
   if [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; then return; fi
-  marker="$exp/stages/$number-$name.done" log="$exp/logs/$number-$name.log"
+  if [ -n "$only" ] && [ "$only" != "$number-$name" ]; then return; fi
+  marker="$exp/stages/$number-$name.done"
   mkdir -p "$exp/stages" "$exp/logs"
   printf '\n== stage %s of %s: %s\n' "$number" "$last_stage" "$name"
   hash="$(stage_hash "$@")"
@@ -234,26 +305,19 @@ stage() {
     submit_stage "$number-$name" "$marker"
     return
   fi
-  begin_stage "$marker" "$hash"
-  local command=() word
+  if [[ "$stage_part" == */* ]] && [ -n "$stage_anew" ]; then
+    echo "a piece of stage $stage_now needs what the job $number-$name-begin makes, which has not succeeded" >&2
+    exit 1
+  fi
   for word in "$@"; do
     if [ "$word" != %force ]; then command+=("$word"); elif [ "$force" = 1 ]; then command+=(--force); fi
   done
-  printf 'reads:   %s\nwrites:  %s\nlog:     %s\n' "$reads" "$writes" "$log"
-  printf 'command: %s\n' "$(printf '%q ' "${command[@]}")"
-  if [ -f "$log" ]; then mv "$log" "$log.old"; fi
-  stage_commands="${marker%.done}.commands"
-  : > "$stage_commands"
-  if ! declare -F "$1" > /dev/null; then note_command "${command[@]}"; fi
-  begun=$SECONDS
-  run_logged "$log" "${command[@]}"
-  if [ "$stage_status" != 0 ] || [ -n "$stage_signal" ]; then
-    stage_failed "$stage_status" "$((SECONDS - begun))" "$log"
-  fi
-  write_marker "$marker" "$hash" "$((SECONDS - begun))" "$writes"
-  cost="$(cost_of "$((SECONDS - begun))" "$writes")"
-  echo "cost:    $cost"
-  stage_table+=("$(printf '%-3s %-14s %s' "$number" "$name" "$cost")")
+  run_stage "$marker" "$hash" "$reads" "$writes" "${command[@]}"
+}
+
+stage_in_pieces() { # as stage
+  local in_pieces=1
+  stage "$@"
 }
 
 # What each stage of this run cost; the last line of a recipe.

@@ -7,8 +7,8 @@ make_units() { # OUT CLUSTERS FRAMES FITTED MANIFEST... -- ARGUMENT...
   shift 4
   while [ "$1" != -- ]; do manifests+=("$1"); shift; done
   shift
-  rm -rf "$out"
+  anew "$out"
   harken units fit "$fitted" --out "$out/km" --clusters "$clusters" --max-frames "$frames" --jobs "$jobs" "$@"
-  harken units label "${manifests[@]}" --clusterer "$out/km" --out "$out/labels" --jobs "$jobs" "$@"
+  harken_in_pieces units label "${manifests[@]}" --clusterer "$out/km" --out "$out/labels" --jobs "$jobs" "$@"
   harken units check "$out/labels"
 }

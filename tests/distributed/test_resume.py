@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -170,13 +171,17 @@ def test_two_processes_see_the_samples_of_one(runs: Path) -> None:
 
 @pytest.fixture
 def start_training():
-    """Start `harken train`, under torchrun for several processes; what still runs at the end of the test is killed."""
+    """Start `harken train`, several processes under a launcher; what still runs at the end of the test is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(config: Path, exp: Path, processes: int = 1) -> subprocess.Popen[str]:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        launcher = torchrun if processes > 1 else []
-        command = [sys.executable, *launcher, "-m", "harken.apps.main", "train", str(config), "--exp", str(exp)]
+    def start(config: Path, exp: Path, processes: int = 1, *, deepspeed: bool = False) -> subprocess.Popen[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+        if deepspeed:
+            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes)]
+            launcher += ["--master_port", str(free_port()), "--module"]
+        elif processes == 1:
+            launcher = ["-m"]
+        command = [sys.executable, *launcher, "harken.apps.main", "train", str(config), "--exp", str(exp)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command,
@@ -194,6 +199,12 @@ def start_training():
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def steps_logged(exp: Path) -> int:
@@ -318,6 +329,50 @@ def test_torchrun_killed_goes_on_and_lets_no_other_run_into_its_folder(
     output, _ = start_training(tmp_path / "alone.yaml", exp).communicate(timeout=600)
     assert f"continuing from {exp}/checkpoints/step-{steps:08d}: step {steps}" in output, "one process and ZeRO 2"
     assert f"finished {steps + 1} steps" in output
+
+
+def test_deepspeeds_launcher_is_stopped_and_killed_and_leaves_nobody_behind(
+    corpus, run_python, start_training, tmp_path: Path
+) -> None:
+    """SIGTERM to `deepspeed`, which dies of it, then SIGKILL to the process below: ranks save, end, and go on later."""
+    steps, exp = 16, tmp_path / "exp"
+    config = write_config(
+        corpus,
+        tmp_path / "hubert.yaml",
+        "hubert",
+        "filterbank",
+        data={"workers": 0},
+        train={"steps": steps, "valid_every_steps": 1000},
+        checkpoint={"every_steps": 1000, "keep_last": 3},
+    )
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        before, process = steps_logged(exp), start_training(config, exp, 2, deepspeed=True)
+        wait_until(process, lambda before=before: steps_logged(exp) >= before + 2)
+        below = psutil.Process(process.pid).children(recursive=True)
+        ranks = [
+            child
+            for child in below
+            if "--exp" in child.cmdline() and "deepspeed.launcher.launch" not in child.cmdline()
+        ]
+        (launch,) = (child for child in below if "deepspeed.launcher.launch" in child.cmdline())
+        assert len(ranks) == 2
+        os.kill(process.pid if number == signal.SIGTERM else launch.pid, number)
+        output, _ = process.communicate(timeout=300)  # until nobody is left who writes
+        _, alive = psutil.wait_procs(below, timeout=60)
+        assert alive == []
+        saved = re.search(r"asked to stop: saved step (\d+)", output)
+        assert saved, output
+        assert int(saved[1]) == steps_logged(exp) < steps
+        if number == signal.SIGTERM:
+            assert process.returncode == -signal.SIGTERM, "`deepspeed` itself does nothing about it"
+    process = start_training(config, exp, 2, deepspeed=True)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert f"continuing from {exp}/checkpoints/step-{int(saved[1]):08d}" in output
+    assert f"finished {steps} steps" in output
+    entries = [{"processes": 2, "jobs": [(config, tmp_path / "whole", 0)]}]
+    run_python(WORKER, write_plan(tmp_path / "plan.json", entries))
+    assert_equal_runs(tmp_path / "whole", exp, steps)
 
 
 @pytest.mark.parametrize("kind", ["shar", "webdataset"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,8 @@ def runs(corpus, run_python, tmp_path_factory: pytest.TempPathFactory) -> Path:
         old = exp / ".watchdog/old"  # what a run that was killed leaves behind
         old.mkdir(parents=True)
         (old / "alarm").write_text("an alarm of an earlier run")
+        (exp / "stacks").mkdir()
+        (exp / "stacks/flight_7").write_text("of an earlier start")
         entry = {"name": name, "processes": processes, "trouble": trouble, "limit": 300}
         plan.append({**entry, "config": str(config), "exp": str(exp)})
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -115,12 +119,30 @@ def test_a_stopped_rank_is_named_by_the_others_which_end(runs: Path, processes: 
         last_call = flight["entries"][-1]
         assert last_call["profiling_name"].startswith("gloo:")
         assert any("harken" in frame["filename"] for frame in last_call["frames"]), "it says who called"
+    assert not (runs / name / "stacks/flight_7").exists(), "what an earlier start left is put aside"
+    assert (runs / name / "stacks/before/flight_7").read_text() == "of an earlier start"
+
+
+def test_flights_of_all_ranks_are_compared_by_torchs_own_program(runs: Path) -> None:
+    """Rank 1 reads a file that never ends, rank 0 waits for it in the sum of the step's targets."""
+    command = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", "--prefix", "flight_"]
+    done = subprocess.run(
+        [*command, str(runs / "fifo-2/stacks")], capture_output=True, text=True, timeout=300, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "Not all ranks joining collective" in said
+    assert "collective: gloo:all_reduce" in said
+    assert "missing ranks: {1}" in said
+    assert "harken/core/distributed.py" in said, "it says who called"
 
 
 def test_a_killed_rank_is_named_by_the_other_which_ends(runs: Path) -> None:
     ended, errors = record(runs, "killed-2")
     assert ended[1][0] == -9
     assert ended[0][0] == 1
+    flight = pickle.loads((runs / "killed-2/stacks/flight_0").read_bytes())
+    assert flight["entries"][-1]["profiling_name"].startswith("gloo:"), "what it was in when the other ended"
     message = the_message(errors)
     assert message.startswith("harken: rank 1 (process ")
     assert f"has ended, in phase `forward` of step {STEP}" in message

@@ -73,6 +73,38 @@ def test_a_program_gets_one_node_and_the_lines_of_the_cluster(capsys, tmp_path: 
     assert not any("gpus" in line or "dependency" in line for line in lines)
 
 
+def directives(lines: list[str], name: str) -> list[str]:
+    return [line.removeprefix(f"#SBATCH --{name}=") for line in lines if line.startswith(f"#SBATCH --{name}=")]
+
+
+def test_an_array_stands_between_what_it_needs_and_what_puts_it_together(capsys, tmp_path: Path) -> None:
+    options = ["--exp", str(tmp_path / "exp"), "--name", "4-units", "--after", "7", "--begin", "--pieces"]
+    command = ["--dry-run", "--", "bash", "run.sh"]
+    lines = dry_run(capsys, *options, "3", *command)
+    assert directives(lines, "job-name") == ["4-units-begin", "4-units-pieces", "4-units"]
+    assert directives(lines, "array") == ["1-3"]
+    assert directives(lines, "dependency") == [
+        "afterok:7",
+        "afterok:JOB_OF_4-units-begin",
+        "afterok:JOB_OF_4-units-pieces",
+    ]
+    ran = [line.strip() for line in lines if line.startswith("  bash")]
+    assert ran == [
+        "bash run.sh --piece begin",
+        'bash run.sh --piece "$SLURM_ARRAY_TASK_ID/3"',
+        "bash run.sh",
+    ]
+    assert [" --retry " in line for line in lines if line.startswith("exec ")] == [False, True, False]
+
+    for name in ("stage.sbatch", "train.sbatch"):
+        (tmp_path / name).write_text((FOLDER / name).read_text())
+    for number, arrays in ((5, ["1-5"]), (1, [])):
+        (tmp_path / "mine.yaml").write_text(f"pieces: {number}\n")
+        lines = dry_run(capsys, *options, "cluster", "--cluster", str(tmp_path / "mine.yaml"), *command)
+        assert directives(lines, "array") == arrays
+        assert len(directives(lines, "job-name")) == (3 if arrays else 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -82,6 +114,11 @@ def test_a_program_gets_one_node_and_the_lines_of_the_cluster(capsys, tmp_path: 
         (["--time", "soon", "--", "train", "--exp", "e"], "`--time` must be minutes, MINUTES:SECONDS"),
         (["--name", "a b", "--exp", "e", "--", "true"], "`--name` must be of letters, digits"),
         (["--exp", "e", "--cluster", "no.yaml", "--", "true"], "no.yaml must be a YAML file about your cluster"),
+        (
+            ["--exp", "e", "--pieces", "-1", "--", "true"],
+            "`--pieces` must be 0 (no array) or more, or `cluster`, got -1",
+        ),
+        (["--exp", "e", "--pieces", "2", "--", "data", "stats"], "`--pieces` is for `data scan`, `data verify`"),
         (["--nodes", "0", "--", "train", "--exp", "e"], "must be 1 or more and `--gpus` 0 or more, got 0, 1 and 0"),
     ],
 )

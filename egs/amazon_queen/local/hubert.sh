@@ -11,7 +11,7 @@ queen_units() { # OUT CLUSTERS FRAMES ARGUMENT...
 
 # Units of the output of the model's block `layer`.
 hidden_units_stage() { # NUMBER OUT CLUSTERS FRAMES MODEL
-  stage "$1" "$(basename "$2")" "$data/train.jsonl $data/dev.jsonl $5/checkpoints/" "$2/labels/" \
+  stage_in_pieces "$1" "$(basename "$2")" "$data/train.jsonl $data/dev.jsonl $5/checkpoints/" "$2/labels/" \
     queen_units "$2" "$3" "$4" --features hidden --model "$5" --layer "$layer"
 }
 

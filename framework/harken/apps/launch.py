@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harken.cluster.settings import ClusterConfig
 
 PIECED = (("data", "scan"), ("data", "verify"), ("units", "label"), ("decode",), ("features",))
 """Verbs that know `--piece`."""
@@ -48,10 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pieces",
-        type=int,
-        default=0,
-        help="do a verb that has --piece as an array of so many tasks, and behind it a job that puts them together "
-        "(default: 0, no array)",
+        default="0",
+        metavar="N",
+        help="do a command that has --piece as an array of so many tasks, and behind it a job that puts them together; "
+        "`cluster` takes the number of the cluster's file (default: 0, no array)",
+    )
+    parser.add_argument(
+        "--begin",
+        action="store_true",
+        help="before the array, a job of the command with `--piece begin`, which makes what pieces need",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the file and submit nothing")
     parser.add_argument("--parsable", action="store_true", help="print the job's id alone")
@@ -62,12 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print or submit the job."""
-    from harken.cluster.script import JobRequest, merge_of, render, submit
+    from harken.cluster.script import JobRequest, jobs_of, printed, submit
     from harken.cluster.settings import load_cluster
 
     command, exp, resumes = _command(args)
+    cluster = load_cluster(args.cluster)
     request = JobRequest(
-        name=(args.name or Path(_words(args)[0]).stem) + ("-pieces" if args.pieces else ""),
+        name=args.name or Path(_words(args)[0]).stem,
         exp=exp.resolve(),
         command=tuple(command),
         folder=Path.cwd(),
@@ -78,25 +88,31 @@ def run(args: argparse.Namespace) -> int:
         after=tuple(filter(None, args.after.split(","))),
         partition=args.partition,
         time=args.time,
-        pieces=args.pieces,
+        pieces=_pieces(args.pieces, cluster),
     )
-    cluster = load_cluster(args.cluster)
-    templates = args.cluster.resolve().parent
+    jobs, templates = jobs_of(request, begin=args.begin), args.cluster.resolve().parent
     if args.dry_run:
-        print(render(request, cluster, templates), end="")
-        if request.pieces:
-            print(render(merge_of(request, f"JOB_OF_{request.name}"), cluster, templates), end="")
+        print(printed(jobs, cluster, templates), end="")
         return 0
-    if request.pieces:
-        pieces = submit(request, cluster, templates)
-        print(f"submitted job {pieces.id} ({pieces.name}), {pieces.pieces} pieces", file=sys.stderr)
-        request = merge_of(request, pieces.id)
-    job = submit(request, cluster, templates)
+    *before, job = submit(jobs, cluster, templates)
+    for other in before:
+        words = f", {other.pieces} pieces" if other.pieces else ""
+        print(f"submitted job {other.id} ({other.name}){words}", file=sys.stderr)
     if args.parsable:
         print(job.id)
     else:
         print(f"submitted job {job.id} ({job.name}); its log: {job.log}; `harken status {exp}` tells how it goes")
     return 0
+
+
+def _pieces(text: str, cluster: ClusterConfig) -> int:
+    from harken.core.errors import HarkenError
+
+    if text == "cluster":
+        return cluster.pieces if cluster.pieces > 1 else 0
+    if not text.isdecimal():
+        raise HarkenError(f"`--pieces` must be 0 (no array) or more, or `cluster`, got {text}")
+    return int(text)
 
 
 def _words(args: argparse.Namespace) -> list[str]:
@@ -131,7 +147,7 @@ def _command(args: argparse.Namespace) -> tuple[list[str], Path, Path | None]:
         words.append("--fail-when-stopped")
     elif words[0] not in VERBS:
         harken = []
-    if args.pieces and tuple(words[:1]) not in PIECED and tuple(words[:2]) not in PIECED:
+    if args.pieces != "0" and harken and tuple(words[:1]) not in PIECED and tuple(words[:2]) not in PIECED:
         known = ", ".join(f"`{' '.join(verb)}`" for verb in PIECED)
         raise HarkenError(f"`--pieces` is for {known}, got `{' '.join(words[:2])}`")
     if resumes is None and (args.nodes > 1 or args.gpus):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,8 +52,6 @@ class JobRequest:
                 "`--nodes` and `--processes` must be 1 or more and `--gpus` 0 or more, "
                 f"got {self.nodes}, {self.processes} and {self.gpus}"
             )
-        if self.pieces < 0:
-            raise HarkenError(f"`--pieces` must be 0 (no array) or more, got {self.pieces}")
         if self.time is not None:
             check_time(self.time, "--time")
 
@@ -114,25 +114,51 @@ def _quoted(path: Path, *, array: bool) -> str:
     return f'"{text}"' if " " in text else text
 
 
-def merge_of(request: JobRequest, id: str) -> JobRequest:
-    """Return the job behind an array, of the id given: the command without a piece, which puts all of them together."""
-    return replace(request, name=request.name.removesuffix("-pieces"), pieces=0, after=(id,))
+def jobs_of(request: JobRequest, *, begin: bool = False) -> list[JobRequest]:
+    """Return the jobs that do what is asked, each of which waits for the one before.
 
-
-def submit(request: JobRequest, cluster: ClusterConfig, templates: Path) -> JobRecord:
-    """Write a job's sbatch file, submit it and keep what was asked for; return that with the job's id.
-
-    Raises HarkenError with sbatch's words when it refuses, and when a job of that name still waits or runs.
+    An array is followed by the command without a piece, which puts all of them together. begin: it follows the command
+    with `--piece begin`, which makes what pieces need.
     """
-    text = render(request, cluster, templates)
-    here = queue()
-    for job in load_jobs(request.exp):
+    if not request.pieces:
+        return [request]
+    array, merge = replace(request, name=f"{request.name}-pieces"), replace(request, pieces=0)
+    first = replace(merge, name=f"{request.name}-begin", command=(*request.command, "--piece", "begin"))
+    return [first, array, merge] if begin else [array, merge]
+
+
+def printed(jobs: Sequence[JobRequest], cluster: ClusterConfig, templates: Path) -> str:
+    """Return the texts of jobs that wait for each other, with words in place of the ids that Slurm would give."""
+    waiting = [replace(job, after=(f"JOB_OF_{before.name}",)) for before, job in itertools.pairwise(jobs)]
+    return "".join(render(job, cluster, templates) for job in (*jobs[:1], *waiting))
+
+
+def submit(jobs: Sequence[JobRequest], cluster: ClusterConfig, templates: Path) -> list[JobRecord]:
+    """Submit jobs of one experiment, each behind the one before.
+
+    Raises HarkenError before any is submitted when a job of one of their names still waits or runs.
+    """
+    here, names = queue(), {job.name for job in jobs}
+    for job in load_jobs(jobs[0].exp):
         left = [entry for id, entry in here.items() if id.partition("_")[0] == job.id]
-        if job.name == request.name and left:
+        if job.name in names and left:
             raise HarkenError(
-                f"job {job.id} ({job.name}) of {request.exp} is still {left[0].state}: wait for it, or end it "
+                f"job {job.id} ({job.name}) of {jobs[0].exp} is still {left[0].state}: wait for it, or end it "
                 f"with `scancel {job.id}` (with `--signal=USR1 --batch` it saves and goes on later)"
             )
+    records: list[JobRecord] = []
+    for job in jobs:
+        after = (records[-1].id,) if records else job.after
+        records.append(_submit(replace(job, after=after), cluster, templates))
+    return records
+
+
+def _submit(request: JobRequest, cluster: ClusterConfig, templates: Path) -> JobRecord:
+    """Write a job's sbatch file, submit it and keep what was asked for; return that with the job's id.
+
+    Raises HarkenError with sbatch's words when it refuses.
+    """
+    text = render(request, cluster, templates)
     script = folder_of(request.exp) / f"{request.name}.sbatch"
     write_text_atomic(script, text)
     log_of(request.exp, request.name).parent.mkdir(parents=True, exist_ok=True)

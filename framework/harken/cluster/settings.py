@@ -79,6 +79,8 @@ class ClusterConfig:
     """Jobs that train."""
     stage: SizeConfig = field(default_factory=lambda: SizeConfig(cpus_per_process=16))
     """All other jobs."""
+    pieces: int = 4
+    """Tasks of the array that does a stage of a recipe which divides; 1 makes none."""
     signal_seconds: int = 300
     """How long before its limit a job is told to save."""
     max_starts_without_progress: int = 3
@@ -87,7 +89,7 @@ class ClusterConfig:
     """Checks before training on several nodes."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "cluster", positive=("signal_seconds", "max_starts_without_progress"))
+        check_numbers(self, "cluster", positive=("pieces", "signal_seconds", "max_starts_without_progress"))
 
 
 def load_cluster(path: Path) -> ClusterConfig:

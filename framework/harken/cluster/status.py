@@ -43,7 +43,7 @@ def status(exp: Path) -> list[Stage]:
     queued, unknown = _queue(jobs)
     lost = {job.id: job.name for job in jobs.values() if _failed(exp, job)}
     found = []
-    for name in sorted({*jobs, *markers}, key=_order):
+    for name in sorted({*jobs, *markers}, key=lambda name: _order(name, jobs.get(name))):
         log = exp / "logs" / f"{name}.log"
         job = jobs.get(name)
         if job is None:
@@ -70,9 +70,10 @@ def table(stages: list[Stage]) -> str:
     return "\n".join(lines)
 
 
-def _order(name: str) -> tuple[float, str]:
+def _order(name: str, job: JobRecord | None) -> tuple[float, float, str]:
+    """Order by a stage's number; what has the same one, such as the jobs of its pieces, as it was submitted."""
     number = re.match(r"\d+", name)
-    return (float(number[0]) if number else float("inf"), name)
+    return (float(number[0]) if number else float("inf"), job.submitted if job is not None else 0.0, name)
 
 
 def _queue(jobs: Mapping[str, JobRecord]) -> tuple[dict[str, Queued], str]:

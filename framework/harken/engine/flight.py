@@ -3,7 +3,7 @@
 PyTorch keeps them in a ring for NCCL and gloo: which collective, of which shapes, called from where, begun or finished.
 The watchdog writes each rank's into `EXP/stacks/flight_RANK`, and NCCL does so itself where its own timeout or an error
 comes first (`nccl_RANK`). `python -m torch.distributed.flight_recorder.fr_trace --prefix flight_ EXP/stacks` compares
-the ranks.
+the ranks. What an earlier start has left is put aside, as `EXP/stacks/before`: its ranks are others.
 
 Source: PyTorch's "ProcessGroupNCCL environment variables"; its newer versions warn of the old names of `TORCH_FR_*`.
 """
@@ -11,12 +11,13 @@ Source: PyTorch's "ProcessGroupNCCL environment variables"; its newer versions w
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import torch
 
 from harken.core import distributed
-from harken.core.files import atomic_path
+from harken.core.files import atomic_path, remove
 
 EVENTS = 2000
 """Collectives that each rank remembers."""
@@ -42,4 +43,27 @@ def dump_flight(stacks: Path) -> None:
     if dump is not None:
         stacks.mkdir(parents=True, exist_ok=True)
         with atomic_path(stacks / f"flight_{distributed.rank()}") as temporary:
-            temporary.write_bytes(dump())
+            temporary.write_bytes(with_group_name(dump()))
+
+
+def with_group_name(dump: bytes) -> bytes:
+    """Return a dump whose group has the name that its collectives give it, by which `fr_trace` looks it up.
+
+    gloo's recorder (torch 2.13) lists the one group under an empty name, and `fr_trace` ends with a KeyError.
+    """
+    data = pickle.loads(dump)  # noqa: S301  of this process itself
+    groups = {tuple(entry["process_group"]) for entry in data["entries"]}
+    if set(data["pg_config"]) == {""} and len(groups) == 1:
+        name, description = groups.pop()
+        data["pg_config"] = {name: {**data["pg_config"][""], "name": name, "desc": description}}
+    return pickle.dumps(data)
+
+
+def put_aside(stacks: Path) -> None:
+    """Move what an earlier start left, so that ranks of two starts are not taken for those of one."""
+    old = [*stacks.glob("flight_*"), *stacks.glob("nccl_*")]
+    if old:
+        remove(stacks / "before")
+        (stacks / "before").mkdir()
+        for path in old:
+            path.rename(stacks / "before" / path.name)

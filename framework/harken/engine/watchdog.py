@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from harken.core import distributed, progress
-from harken.engine.flight import dump_flight
+from harken.engine.flight import dump_flight, put_aside
 from harken.engine.heartbeat import READING_PHASES, Awake, Beat, Heartbeats, has_ended, process_state
 
 HUNG = 69
@@ -48,6 +48,8 @@ def watched(folder: Path, timeout_seconds: float) -> Iterator[None]:
     block fails with, that rank is named on stderr before the exception goes on.
     """
     progress.restart()
+    if distributed.is_main():
+        put_aside(folder / "stacks")
     dog = Watchdog(folder, timeout_seconds)
     dog.start()
     try:
@@ -195,6 +197,7 @@ class Watchdog:
         words = None if lost else " ".join(f"{type(error).__name__}: {error}".split())[:500]
         _bounded(lambda: self.hearts.exchange(words), 5.0)
         if lost:
+            _bounded(lambda: dump_flight(self.run / "stacks"), 5.0)
             _bounded(self._name_who_ended, 10.0)
 
     def _name_who_ended(self) -> None:

@@ -244,7 +244,8 @@ def _stages(experiment: Experiment) -> None:
     stages = {path.stem: _stage(path, folder) for path in _find(folder, "stages/*.done")}
     for path in _find(folder, "logs/*.log"):
         number, _, name = path.stem.partition("-")
-        if number.isdigit() and path.stem not in stages:
+        # `.slurm`: what the job of a stage printed, beside what the stage did
+        if number.isdigit() and path.stem not in stages and not path.stem.endswith(".slurm"):
             stages[path.stem] = Stage(number=int(number), name=name, commands=_commands(folder, path.stem), log=path)
     experiment.stages = sorted(
         (stage for stage in stages.values() if stage), key=lambda stage: (stage.number, stage.name)

@@ -1,18 +1,32 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask for a save at the next step boundary; USR1 is what a job of `harken launch` sends."""
+"""What asks for a save at the next step boundary: SIGTERM, SIGINT, SIGUSR1 (of `harken launch`), a lost launcher.
+
+torchrun passes SIGTERM on to its processes. `deepspeed` dies of it and leaves them behind, and so does every
+launcher that is killed: processes whose launcher is gone would train on with nobody to stop them, on GPUs that the next
+start needs. So they save and end, too.
+"""
 
 from __future__ import annotations
 
+import itertools
 import signal
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from harken.core import distributed
 
+LAUNCHERS = ("torchrun", "torch.distributed.run", "deepspeed", "deepspeed.launcher.launch")
+"""Programs and modules that start processes and watch over them, as they stand behind `python` and its options."""
+
 
 class StopRequest:
-    """Remembers a signal; `agreed` tells every rank whether any of them got one."""
+    """Remembers a signal; `agreed` tells every rank whether any of them got one, or lost its launcher."""
 
     def __init__(self) -> None:
         self.received = False
+        self._launched = [psutil.Process(), *launchers()]
         for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(kind, self._receive)
 
@@ -21,4 +35,23 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; a collective, so every rank calls it at the same step."""
-        return distributed.any_rank(self.received)
+        return distributed.any_rank(self.received or self.deserted())
+
+    def deserted(self) -> bool:
+        """Whether a launcher of this process has ended: its child has another parent then, a zombie's too."""
+        try:
+            return any(child.ppid() != parent.pid for child, parent in itertools.pairwise(self._launched))
+        except psutil.NoSuchProcess:
+            return True
+
+
+def launchers() -> list[psutil.Process]:
+    """Return the launchers that started this process, the nearest first: `deepspeed` is two; without one none."""
+    found = []
+    with suppress(psutil.Error):  # what may not be looked at is not watched
+        for process in psutil.Process().parents():
+            program, *words = process.cmdline()[:4] or [""]
+            if not Path(program).name.startswith("python") or not any(Path(word).name in LAUNCHERS for word in words):
+                break
+            found.append(process)
+    return found

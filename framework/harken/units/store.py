@@ -240,7 +240,7 @@ def begin_store(folder: Path, ids: list[str], index: NDArray[np.int64], card: Ca
 
 
 def fit_length(labels: NDArray[Any], expected: int, cut: str, unreadable: dict[str, str]) -> NDArray[Any]:
-    """Give a cut exactly the `(T, ...)` labels its duration promises; what is off by more than the tolerance is named."""
+    """Give a cut exactly the `(T, ...)` labels its duration promises; what is off by more than a tolerance is named."""
     if abs(len(labels) - expected) > TOLERANCE:
         unreadable[cut] = f"cut `{cut}` gives {len(labels)} frames where its duration promises {expected}"
     if len(labels) < expected:
