@@ -75,6 +75,10 @@ pretrain_method() { # METHOD
   labels="$(harken_config "${configuration[@]}" | awk -v units="$units1" '
     $1 == "objective.classes" { sub(/#.*/, ""); while (sub(/[0-9]+/, "")) list = list (list ? "," : "") units; print list }')"
   if [ -n "$labels" ]; then configuration+=("data.labels=[$labels]"); fi
+  if [ "$1" = xeus ]; then
+    if [ ! -f "$compared/rooms.jsonl" ]; then harken data rooms --out "$compared/rooms.jsonl" --count 300; fi
+    configuration+=("data.reverberation=$compared/rooms.jsonl")
+  fi
   made="configuration $(harken_config --yaml "${configuration[@]}" | sha256sum)"
   made+=$'\n'"data $(cat "$data/train.jsonl" "$units1/card.json" | sha256sum)"
   open_training "$1" "$out" "$made" model.yaml || return 0

@@ -232,6 +232,6 @@ def test_the_recipes_model_is_as_large_as_the_default() -> None:
     with torch.device("meta"):
         sizes = [
             sum(p.numel() for p in build_objective(load([CONF / name], needed).config).parameters())
-            for name in ("pretrain.yaml", "xeus.yaml")
+            for name in ("pretrain.yaml", "methods/xeus.yaml")
         ]
     assert sizes[1] / sizes[0] == pytest.approx(1.0, abs=0.03), sizes
