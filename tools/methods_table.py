@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parts.add_parser("layer", help="print the block to look at")
     asked.add_argument("run", type=Path)
     made = parts.add_parser("table", help="write the results and the table")
-    made.add_argument("methods", type=Path, help="folder with one folder a method, and rows/")
+    made.add_argument("methods", type=Path, help="folder with models/, probes/ and rows/")
     made.add_argument("--results", type=Path, required=True, help="folder for one JSON a method, and speed.json")
     made.add_argument(
         "--page", type=Path, required=True, help="file with <!-- methods:begin --> and <!-- methods:end -->"
@@ -63,13 +63,14 @@ def publish(methods: Path, results: Path, page: Path) -> None:
 
     Raises HarkenError when nothing is finished, or the page has no place for the table.
     """
-    for folder in sorted(path for path in methods.iterdir() if (path / "probe.json").is_file()):
+    for probed in sorted(methods.glob("probes/*.json")):
+        folder = methods / "models" / probed.stem
         rows = [
             json.loads(path.read_text(encoding="utf-8"))
             for path in methods.glob(f"rows/30-{folder.name}-*/result.json")
         ]
         if rows:
-            write_json_atomic(results / f"{folder.name}.json", collect(folder, rows))
+            write_json_atomic(results / f"{folder.name}.json", collect(folder, probed, rows))
     known = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
     speeds = {row["method"]: row for row in known.pop("speed", {"methods": []})["methods"]}
     if not known:
@@ -78,12 +79,11 @@ def publish(methods: Path, results: Path, page: Path) -> None:
     print(table(list(known.values()), speeds))
 
 
-def collect(folder: Path, rows: list[Row]) -> Row:
+def collect(folder: Path, probed: Path, rows: list[Row]) -> Row:
     """Return a pretrained and fine-tuned method: its size, cost, probes and rows."""
     config = load_config(folder)
     objective = config.objective.name
     records = read_metrics(folder / "metrics.jsonl").train
-    probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
     return {
         "method": folder.name,
         "objective": objective,
@@ -93,7 +93,7 @@ def collect(folder: Path, rows: list[Row]) -> Row:
         "hours_of_audio": records[-1]["hours"],
         "minutes_of_training": records[-1]["wall"] / 60,
         "peak_gib": max(record.get("memory_gib", 0.0) for record in records),
-        "probe": probe,
+        "probe": json.loads(probed.read_text(encoding="utf-8")),
         "rows": rows,
         "commands": results_table.lines_of(folder / "commands"),
     }

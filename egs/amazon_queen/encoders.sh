@@ -84,8 +84,7 @@ start_configuration() { # START
 }
 
 stage 3 rows "$compared/" "$compared/rows/" rows "$minutes" "$minutes" "$seeds" "$starts" \
-  "$recipe"/conf/{transformer,zipformer,transducer}.yaml "${conf:-$recipe/conf/model.yaml}" -- \
-  "$recipe/conf/compare/finetune.yaml" "objective.tokenizer=$data/tokens.txt" "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
+  "$(all_configurations)" -- "$recipe/conf/compare/finetune.yaml" "objective.tokenizer=$data/tokens.txt" "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
 
 stage 4 table "$compared/rows/" "$recipe/results/encoders/" "$python" "$root/tools/results_table.py" table \
   "$compared/rows" --results "$recipe/results/encoders" --readme "$recipe/README.md" --name encoders --costs \

@@ -66,7 +66,7 @@ stage 1 align "$aligner/checkpoints/ $data/dev.jsonl" "$compared/align/" \
   harken align "$aligner" "$data/dev.jsonl" --out "$compared/align"
 
 pretrain_method() { # METHOD
-  local out="$compared/$1" labels configuration made
+  local out="$compared/models/$1" labels configuration made
   configuration=("$recipe/conf/methods/$1.yaml" "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl"
     engine.threads=1 "train.steps=$steps" "schedule.warmup_steps=$((steps / 10))"
     "checkpoint.every_steps=$steps" "train.valid_every_steps=$steps")
@@ -92,40 +92,41 @@ pretrain_method() { # METHOD
 
 pretrain_methods() {
   local method
+  mkdir -p "$compared/models"
   begin_side_by_side
   for method in $methods; do beside_others "$method" pretrain_method "$method"; done
   end_side_by_side methods
 }
-stage 2 pretrain "$units1/ $data/train.jsonl" "$compared/" pretrain_methods "$methods" "$steps"
+stage 2 pretrain "$units1/ $data/train.jsonl" "$compared/models/" pretrain_methods "$methods" "$steps" "$(all_configurations)"
 
 probe_methods() {
   local method layer
   for method in $methods; do
-    layer="$("$python" "$root/tools/methods_table.py" layer "$compared/$method")"
-    harken probe "$compared/$method" "$compared/align/cuts.jsonl" --layer "$layer" --clusters 100 \
-      --out "$compared/$method/probe.json"
+    layer="$("$python" "$root/tools/methods_table.py" layer "$compared/models/$method")"
+    harken probe "$compared/models/$method" "$compared/align/cuts.jsonl" --layer "$layer" --clusters 100 \
+      --out "$compared/probes/$method.json"
   done
 }
-stage 3 probe "$compared/" "$compared/" probe_methods "$methods"
+stage 3 probe "$compared/models/ $compared/align/" "$compared/probes/" probe_methods "$methods"
 
 start_model() { # METHOD
-  echo "$compared/$1"
+  echo "$compared/models/$1"
 }
 
 start_commands() { # METHOD
-  cat "$compared/$1/commands"
+  cat "$compared/models/$1/commands"
 }
 
 start_configuration() { # METHOD
-  printf '%s\n' "$compared/$1/model.yaml" encoder.dropout=0.2
+  printf '%s\n' "$compared/models/$1/model.yaml" encoder.dropout=0.2
 }
 
-stage 4 rows "$compared/" "$compared/rows/" rows 30 30 "$seeds" "$methods" -- \
+stage 4 rows "$compared/models/" "$compared/rows/" rows 30 30 "$seeds" "$methods" -- \
   "$recipe/conf/compare/finetune.yaml" "train.steps=$budget" "train.valid_every_steps=$budget" \
   "checkpoint.every_steps=$budget" \
   "objective.tokenizer=$data/tokens.txt" "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
 
-stage 5 table "$compared/rows/" "$recipe/results/methods/" "$python" "$root/tools/methods_table.py" table "$compared" \
+stage 5 table "$compared/rows/ $compared/probes/" "$recipe/results/methods/" "$python" "$root/tools/methods_table.py" table "$compared" \
   --results "$recipe/results/methods" --page "$root/docs/methods.md"
 
 stages_summary

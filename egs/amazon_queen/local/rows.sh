@@ -17,6 +17,12 @@ made_of() { # MINUTES MODEL CONFIGURATION...
   printf 'model %s\n' "$(sha256sum <<< "$model")"
 }
 
+# Prints a word for all that the recipe's configurations say: given to a stage that does not name them itself, it lets the
+# stage run again when one has changed.
+all_configurations() {
+  find "$recipe/conf" -name '*.yaml' -print0 | sort -z | xargs -0 cat -- ${conf:+"$conf"} | sha256sum | cut -c1-16
+}
+
 # Prints why what an earlier call left of a training must not be kept, or nothing.
 training_changed() { # FOLDER MADE_OF
   local changed
@@ -132,8 +138,7 @@ end_side_by_side() { # WHAT, as of several
 }
 
 # Every start of every row, `jobs` at a time, those of the first seed first so that a table can be made early.
-# FILES are those that start_configuration names: when one changes, the stage is not finished any more.
-rows() { # MINUTES MINUTES-OF-ALL-SEEDS SEEDS STARTS FILES... -- CONFIGURATION...
+rows() { # MINUTES MINUTES-OF-ALL-SEEDS SEEDS STARTS [all_configurations] -- CONFIGURATION...
   local amounts="$1" seeded=" $2 " all_seeds="$3" starts="$4" amount start seed model
   shift 4
   while [ "$1" != -- ]; do shift; done
