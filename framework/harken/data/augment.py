@@ -38,7 +38,7 @@ class Augmentation:
         return cls(config, noises, Mixing.build(config, cuts), Reverberation.build(config))
 
     def __call__(self, samples: Samples, cut: str, draws: Draws, notes: list[Note]) -> Samples:
-        """Return `samples` `(S,)` at another speed, mixed, in a room and with noise, by the draws of this cut and epoch.
+        """Return `samples` `(S,)` at another speed, mixed, in a room, with noise, by the draws of this cut and epoch.
 
         A room is that of all that is mixed, as in XEUS.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harken.config.schema import DataConfig
 from harken.core.batch import Note
@@ -69,8 +71,8 @@ def direct_sound(response: Samples) -> int:
     return first + int(size[first : first + _RISE].argmax())
 
 
-def convolve(samples: Samples, response: Samples, delay: int = 0) -> Samples:
-    """Return the S samples of the convolution of `(S,)` with `(R,)` that follow the first `delay`, at the power of `(S,)`."""
+def convolve(samples: Samples, response: NDArray[np.floating[Any]], delay: int = 0) -> Samples:
+    """Return S samples of the convolution of `(S,)` with `(R,)`, those behind the first `delay`, at the power of `(S,)`."""
     width = 1 << (len(samples) + len(response) - 2).bit_length()  # powers of two are the fastest, primes the slowest
     whole = np.fft.irfft(np.fft.rfft(samples, width) * np.fft.rfft(response, width), width)
     wet = whole[delay : delay + len(samples)]
