@@ -16,7 +16,7 @@ from harken.optim.ema import WeightAverage
 
 @pytest.mark.parametrize("times", [0.5, 2, 8])
 def test_a_decay_becomes_its_power_definition_1_2(times: float) -> None:
-    """Towards weights that stand still: after as much audio, an average is as far off as with the reference's step."""
+    """Towards weights that stand still: after as much audio, an average is as far away as with the reference's step."""
     model = torch.nn.Linear(1, 4, bias=False)
     average = WeightAverage(model, 0.9, times)
     average.updates = 10_000  # the decay is no longer lowered

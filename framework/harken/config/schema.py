@@ -56,7 +56,7 @@ class DataConfig:
     mixing_max_share: float = 0.5
     """Largest share of a cut that is mixed, so that its own speaker stays the main one. WavLM, algorithm 1."""
     reverberation: str | None = None
-    """Manifest of room impulse responses, recorded or of `harken data rooms`; targets stay those of clean speech."""
+    """Manifest of room impulse responses, recorded or of `harken data rooms`; labels stay those of the clean speech."""
     reverberation_probability: float = 0.3
     """Share of the cuts that sound in a room, drawn anew each epoch. XEUS's p_r (arXiv 2407.00837 section 4.2)."""
     workers: int = 1

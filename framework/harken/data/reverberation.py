@@ -72,7 +72,7 @@ def direct_sound(response: Samples) -> int:
 
 
 def convolve(samples: Samples, response: NDArray[np.floating[Any]], delay: int = 0) -> Samples:
-    """Return the S samples of `(S,)` convolved with `(R,)` that follow the first `delay`, at the power of `(S,)`."""
+    """Return S samples of `(S,)` convolved with `(R,)`, those behind the first `delay`, at the power of `(S,)`."""
     width = 1 << (len(samples) + len(response) - 2).bit_length()  # powers of two are the fastest, primes the slowest
     whole = np.fft.irfft(np.fft.rfft(samples, width) * np.fft.rfft(response, width), width)
     wet = whole[delay : delay + len(samples)]

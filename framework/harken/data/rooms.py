@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ APART = 0.5  # metres from any wall, and between speaker and microphone, at leas
 def simulate(out: Path, count: int, *, seed: int = 1, sample_rate: int = 16000, jobs: int | None = None) -> float:
     """Write `count` impulse responses into `NAME.audio/` and their manifest `NAME.jsonl`, which is `out`.
 
-    A response follows from (seed, its number). Returns their mean length in seconds. jobs: see `in_parallel`.
+    A response follows from (seed, its number). jobs: see `in_parallel`. Returns their mean length in seconds.
     Raises HarkenError without pyroomacoustics, or where `out` cannot be written.
     """
     if out.suffix != ".jsonl" or count < 1:
@@ -76,11 +77,11 @@ def _places(size: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.f
 
 def _package() -> Any:
     try:
-        import pyroomacoustics
+        package = importlib.import_module("pyroomacoustics")
     except ImportError as error:
         raise HarkenError(
             f"simulating rooms needs pyroomacoustics, which does not import ({error}); "
             "`pip install pyroomacoustics` brings it"
         ) from error
-    pyroomacoustics.constants.set("num_threads", 1)  # processes share the cores
-    return pyroomacoustics
+    package.constants.set("num_threads", 1)  # processes share the cores
+    return package
