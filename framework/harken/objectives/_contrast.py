@@ -169,7 +169,7 @@ def alike_negatives(
     """Return for each audio which negatives `(B, M, K)` are in the cluster of the true frame.
 
     Each row's quantised frames, `(B, M, D)` for each audio, are clustered together by cosines. real: `(B, M)`.
-    Source: `Data2VecAudioModel.forward` of data2vec-aqc, which clusters a batch, after CCC-wav2vec 2.0 (arXiv 2210.02592).
+    Source: `Data2VecAudioModel.forward` of data2vec-aqc, which clusters a batch; CCC-wav2vec 2.0, arXiv 2210.02592.
     """
     points = functional.normalize(torch.cat(list(vectors), 1).float(), dim=-1)
     labels = cosine_clusters(points, real.repeat(1, len(vectors)), starts, passes)
