@@ -267,6 +267,7 @@ def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, pa
     slot = key.split(".", maxsplit=1)[0]
     required = {
         "hubert": ["objective.classes=[7]"],
+        "unispeech_sat": ["objective.classes=[7]"],
         "constant": ["schedule.rate=1e-3"],
         "eden": ["schedule.lr_hours=10"],
         "ctc": ["objective.tokenizer=t"],

@@ -19,6 +19,7 @@ from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.loss import Metrics
 from harken.data.views import Views
+from harken.units.kmeans import cosine_clusters
 from harken.units.product_quantizer import ProductQuantizer, Quantised, Temperature, perplexity
 
 
@@ -143,6 +144,37 @@ def draw_negatives(batch: Batch, draws: Sequence[Draws], counts: NDArray[Any], n
             drawn = own.generator("negatives", cut).integers(0, count - 1, (count, number))
             negatives[row, :count] = drawn + (drawn >= np.arange(count)[:, None])  # any other but itself
     return negatives
+
+
+def draw_starts(
+    batch: Batch, draws: Sequence[Draws], counts: NDArray[Any], clusters: Sequence[int], audios: int
+) -> NDArray[np.int64]:
+    """Draw the points at which a row's clusters begin: `(B, C)`, -1 beyond a row's clusters or points.
+
+    Points are a row's masked frames in each of `audios`: places in `(audios * M)`, those of the first audio first.
+    """
+    size = int(counts.max(initial=0))
+    starts = np.full((len(counts), max(1, *clusters)), -1, dtype=np.int64)
+    for row, (cut, count, number, own) in enumerate(zip(batch.ids, counts, clusters, draws, strict=True)):
+        points = (size * np.arange(audios)[:, None] + np.arange(count)).ravel()
+        chosen = own.generator("clusters", cut).permutation(len(points))[:number]
+        starts[row, : len(chosen)] = points[chosen]
+    return starts
+
+
+@torch.no_grad()
+def alike_negatives(
+    vectors: Sequence[Tensor], real: Tensor, starts: Tensor, negatives: Tensor, passes: int
+) -> list[Tensor]:
+    """Return for each audio which negatives `(B, M, K)` are in the cluster of the true frame.
+
+    Each row's quantised frames, `(B, M, D)` for each audio, are clustered together by cosines. real: `(B, M)`.
+    Source: `Data2VecAudioModel.forward` of data2vec-aqc, which clusters a batch; CCC-wav2vec 2.0, arXiv 2210.02592.
+    """
+    points = functional.normalize(torch.cat(list(vectors), 1).float(), dim=-1)
+    labels = cosine_clusters(points, real.repeat(1, len(vectors)), starts, passes)
+    index = negatives.long().flatten(1)
+    return [own.gather(1, index).view_as(negatives) == own[..., None] for own in labels.chunk(len(vectors), 1)]
 
 
 def contrast_logits(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from harken.config.registry import register
 from harken.config.rules import check_numbers
@@ -25,14 +22,15 @@ from harken.nn.masked import summed_mean_squares
 from harken.objectives._contrast import (
     CodebookConfig,
     ViewsConfig,
+    alike_negatives,
     contrast_logits,
     draw_negatives,
+    draw_starts,
     masked_places,
     pick,
     views_of,
 )
 from harken.objectives.data2vec import Data2vec, Data2vecConfig, Data2vecPrepare
-from harken.units.kmeans import cosine_clusters
 from harken.units.product_quantizer import Quantised
 
 
@@ -98,31 +96,14 @@ class Data2vecAqcPrepare(Data2vecPrepare):
         if self.config.contrast_weight:
             counts, places = masked_places(targets["mask"].numpy())
             negatives = draw_negatives(batch, draws, counts, self.config.negatives)
-            starts = self._starts(batch, draws, counts)
+            clusters = (self.spec.num_frames(batch.lengths) // self.config.cluster_factor).clamp(min=2)
+            starts = draw_starts(batch, draws, counts, clusters.tolist(), 1 if self.views is None else 2)
             arrays = {"counts": counts, "places": places, "negatives": negatives, "starts": starts}
             targets |= {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.views is not None:
             names = ("view", "target_view") if self.config.views == "both" else ("view",)
             targets |= {name: views_of(self.views, batch, draws, name) for name in names}
         return replace(batch, targets=targets)
-
-    def _starts(self, batch: Batch, draws: Sequence[Draws], counts: NDArray[Any]) -> NDArray[np.int64]:
-        """Draw the points that clusters begin at: masked frames of the teacher's audio, then of the student's view,
-        in `(M + M)`; -1 beyond a row's clusters.
-        """
-        size = int(counts.max(initial=0))
-        chosen = []
-        for cut, count, frames, own in zip(
-            batch.ids, counts, self.spec.num_frames(batch.lengths).tolist(), draws, strict=True
-        ):
-            points = np.arange(count) if self.views is None else np.r_[:count, size : size + count]
-            clusters = max(2, frames // self.config.cluster_factor)
-            chosen.append(own.generator("clusters", cut).permutation(len(points))[:clusters])
-            chosen[-1] = points[chosen[-1]]
-        starts = np.full((len(chosen), max(1, *map(len, chosen))), -1, dtype=np.int64)
-        for row, places in enumerate(chosen):
-            starts[row, : len(places)] = places
-        return starts
 
 
 @register("objective", Data2vecAqcConfig)
@@ -188,41 +169,26 @@ class Data2vecAqc(Data2vec):
         quantised = [self._quantise(heard, places)]
         quantised += [] if frames is heard else [self._quantise(frames, places)]
         vectors = [self.project_target(one.vectors) for one in quantised]
-        factors, alike = self._factors(vectors, real, batch)
+        negatives = batch.targets["negatives"]
+        alike = alike_negatives(vectors, real, batch.targets["starts"], negatives, self.config.cluster_passes)
         count = counts.sum().float()
         metrics: Metrics = {"gumbel_temperature": (count * self.quantizer.temperature.now(), count)}
         terms = []
         # the student with the frames of the teacher's audio, which is first, and the teacher with those of the view
         for name, x, place in (("student", student, 0), ("teacher", teacher, -1)):
-            compared = self.project_context(pick(x, places)), vectors[place], quantised[place].codes
-            logits = contrast_logits(*compared, batch.targets["negatives"], self.config.temperature, factors[place])
+            context, codes = self.project_context(pick(x, places)), quantised[place].codes
+            factors = torch.where(alike[place], self.config.cluster_scale, 1.0)
+            logits = contrast_logits(context, vectors[place], codes, negatives, self.config.temperature, factors)
             terms.append(-(logits.log_softmax(-1)[..., 0] * real).sum())
             hits = ((logits[..., 0] > logits[..., 1:].amax(-1)) & real).sum().float()
             metrics |= {f"contrast_{name}": (terms[-1].detach(), count), f"accuracy_{name}": (hits, count)}
         diversity, health = self.config.diversity(quantised[0], real, counts)
-        metrics |= {**health, "same_cluster": (alike, count)}
+        metrics |= {**health, "same_cluster": ((alike[0].float().mean(-1) * real).sum(), count)}
         return torch.stack(terms).sum(), diversity, metrics
 
     def _quantise(self, frames: Tensor, places: Tensor) -> Quantised:
         quantised: Quantised = self.quantizer(self.dropout(self.backbone.encoder.normalise(pick(frames, places))))
         return quantised
-
-    @torch.no_grad()
-    def _factors(self, vectors: list[Tensor], real: Tensor, batch: Batch) -> tuple[list[Tensor], Tensor]:
-        """Return the factors `(B, M, K)` on the negatives' logits among each of the quantised `(B, M, D)`, and the
-        share of those of the teacher's audio that are in the cluster of the true frame, summed over frames.
-        """
-        negatives, size = batch.targets["negatives"].long(), real.shape[1]
-        points = functional.normalize(torch.cat(vectors, 1).float(), dim=-1)
-        labels = cosine_clusters(
-            points, real.repeat(1, len(vectors)), batch.targets["starts"], self.config.cluster_passes
-        )
-        factors, shares = [], []
-        for own in labels.split(size, 1) if size else [labels] * len(vectors):
-            same = own.gather(1, negatives.flatten(1)).view_as(negatives) == own[..., None]
-            factors.append(torch.where(same, self.config.cluster_scale, 1.0))
-            shares.append((same.float().mean(-1) * real).sum())
-        return factors, shares[0]
 
     def frontend_flops(self, samples: int) -> float:
         """Count the frontend twice where student and teacher have audio of their own."""
