@@ -25,7 +25,8 @@ from harken.units.random_codes import RandomCodes
 PATCHES = ("frontend.name=patches", "frontend.bands=16", "frontend.channels=12", "frontend.patch_frames=4")
 PATCHES += ("frontend.patch_bands=8", "encoder.name=wavlm", "encoder.rows=2", "encoder.deep_norm=true")
 PATCHES += ("encoder.gate_on=query", "encoder.position_buckets=16", "encoder.position_max_distance=20")
-PATCHES += ("encoder.layer_drop=0", "data.labels=[]")
+PATCHES += ("encoder.layer_drop=0", "encoder.dim=32", "encoder.layers=2", "encoder.heads=4", "encoder.ffn_dim=64")
+PATCHES += ("encoder.position_kernel=8", "encoder.position_groups=4", "data.labels=[]")
 DECODER = ("objective.decoder_layers=2", "objective.decoder_dim=16", "objective.decoder_heads=2")
 DECODER += ("objective.decoder_ffn_dim=24",)
 BEATS = (
