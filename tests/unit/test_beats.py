@@ -25,7 +25,8 @@ from harken.units.random_codes import RandomCodes
 PATCHES = ("frontend.name=patches", "frontend.bands=16", "frontend.channels=12", "frontend.patch_frames=4")
 PATCHES += ("frontend.patch_bands=8", "encoder.name=wavlm", "encoder.rows=2", "encoder.deep_norm=true")
 PATCHES += ("encoder.gate_on=query", "encoder.position_buckets=16", "encoder.position_max_distance=20")
-PATCHES += ("encoder.layer_drop=0", "data.labels=[]")
+PATCHES += ("encoder.layer_drop=0", "encoder.dim=32", "encoder.layers=2", "encoder.heads=4", "encoder.ffn_dim=64")
+PATCHES += ("encoder.position_kernel=8", "encoder.position_groups=4", "data.labels=[]")
 DECODER = ("objective.decoder_layers=2", "objective.decoder_dim=16", "objective.decoder_heads=2")
 DECODER += ("objective.decoder_ffn_dim=24",)
 BEATS = (
@@ -125,7 +126,7 @@ def test_the_loss_from_waveform_to_cross_entropy(corpus, batch) -> None:
         assert int(mask.sum()) == tokens - max(1, tokens - int(tokens * 0.75))
         x = x.reshape(tokens, -1).masked_fill(mask[:, None], 0.0)[None]
         x = encoder.norm(x + encoder.positions(x))[0]
-        seen = torch.flatnonzero(~mask).tolist()
+        seen = (~mask).nonzero().flatten().tolist()
         x = x[seen]
         for block in encoder.blocks:  # the bias is of the places that tokens had before others were left out
             scores = block.attention.gates(block.attention.project(x[None])[0].transpose(1, 2).flatten(2))
@@ -140,7 +141,7 @@ def test_the_loss_from_waveform_to_cross_entropy(corpus, batch) -> None:
         logits = decode_by_hand(model.decoder, given).double()
         codes = codes_by_hand(model.quantiser, audio, tokens // rows, rows)
         labels += codes
-        for token in torch.flatnonzero(mask).tolist():
+        for token in mask.nonzero().flatten().tolist():
             total += float(logits[token].logsumexp(-1) - logits[token, codes[token]])
             hits += int(logits[token].argmax()) == codes[token]
     loss = model(batch)
