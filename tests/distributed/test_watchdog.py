@@ -120,7 +120,7 @@ def test_a_stopped_rank_is_named_by_the_others_which_end(runs: Path, processes: 
         assert last_call["profiling_name"].startswith("gloo:")
         assert any("harken" in frame["filename"] for frame in last_call["frames"]), "it says who called"
     assert not (runs / name / "stacks/flight_7").exists(), "what an earlier start left is put aside"
-    assert (runs / name / "stacks/before/flight_7").read_text() == "of an earlier start"
+    assert (runs / name / "stacks.before/flight_7").read_text() == "of an earlier start"
 
 
 def test_flights_of_all_ranks_are_compared_by_torchs_own_program(runs: Path) -> None:

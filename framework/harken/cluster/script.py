@@ -147,9 +147,9 @@ def submit(jobs: Sequence[JobRequest], cluster: ClusterConfig, templates: Path) 
                 f"with `scancel {job.id}` (with `--signal=USR1 --batch` it saves and goes on later)"
             )
     records: list[JobRecord] = []
-    for job in jobs:
-        after = (records[-1].id,) if records else job.after
-        records.append(_submit(replace(job, after=after), cluster, templates))
+    for request in jobs:
+        after = (records[-1].id,) if records else request.after
+        records.append(_submit(replace(request, after=after), cluster, templates))
     return records
 
 

@@ -3,7 +3,7 @@
 PyTorch keeps them in a ring for NCCL and gloo: which collective, of which shapes, called from where, begun or finished.
 The watchdog writes each rank's into `EXP/stacks/flight_RANK`, and NCCL does so itself where its own timeout or an error
 comes first (`nccl_RANK`). `python -m torch.distributed.flight_recorder.fr_trace --prefix flight_ EXP/stacks` compares
-the ranks. What an earlier start has left is put aside, as `EXP/stacks/before`: its ranks are others.
+the ranks. What an earlier start has left is put aside, as `EXP/stacks.before`: its ranks are others.
 
 Source: PyTorch's "ProcessGroupNCCL environment variables"; its newer versions warn of the old names of `TORCH_FR_*`.
 """
@@ -60,10 +60,14 @@ def with_group_name(dump: bytes) -> bytes:
 
 
 def put_aside(stacks: Path) -> None:
-    """Move what an earlier start left, so that ranks of two starts are not taken for those of one."""
+    """Move what an earlier start left, so that ranks of two starts are not taken for those of one.
+
+    Not into a folder below: `fr_trace` reads those, too.
+    """
     old = [*stacks.glob("flight_*"), *stacks.glob("nccl_*")]
     if old:
-        remove(stacks / "before")
-        (stacks / "before").mkdir()
+        before = stacks.with_name(f"{stacks.name}.before")
+        remove(before)
+        before.mkdir()
         for path in old:
-            path.rename(stacks / "before" / path.name)
+            path.rename(before / path.name)

@@ -18,7 +18,7 @@ import psutil
 from harken.core import distributed
 
 LAUNCHERS = ("torchrun", "torch.distributed.run", "deepspeed", "deepspeed.launcher.launch")
-"""Programs and modules that start processes and watch over them, as they stand behind `python` and its options."""
+"""Scripts and modules that start processes and watch over them."""
 
 
 class StopRequest:
@@ -50,8 +50,15 @@ def launchers() -> list[psutil.Process]:
     found = []
     with suppress(psutil.Error):  # what may not be looked at is not watched
         for process in psutil.Process().parents():
-            program, *words = process.cmdline()[:4] or [""]
-            if not Path(program).name.startswith("python") or not any(Path(word).name in LAUNCHERS for word in words):
+            if _program(process.cmdline()) not in LAUNCHERS:
                 break
             found.append(process)
     return found
+
+
+def _program(command: list[str]) -> str:
+    """Return the name of the script, or the module, that a command has Python run; of other programs nothing."""
+    if not command or not Path(command[0]).name.startswith("python"):
+        return ""
+    words = [word for word in command[1:] if word == "-m" or not word.startswith("-")]
+    return words[1] if words[:1] == ["-m"] and len(words) > 1 else Path(words[0]).name if words else ""
