@@ -71,9 +71,9 @@ pretrain_method() { # METHOD
     engine.threads=1 "train.steps=$steps" "schedule.warmup_steps=$((steps / 10))"
     "checkpoint.every_steps=$steps" "train.valid_every_steps=$steps")
   if [ -n "$conf" ]; then configuration=("${configuration[0]}" "$conf" "${configuration[@]:1}"); fi
-  # whoever has classes predicts units, a store for each of them
+  # whoever has a list of classes predicts units, a store for each of them
   labels="$(harken_config "${configuration[@]}" | awk -v units="$units1" '
-    $1 == "objective.classes" { sub(/#.*/, ""); while (sub(/[0-9]+/, "")) list = list (list ? "," : "") units; print list }')"
+    $1 == "objective.classes" && $2 ~ /^\(/ { sub(/#.*/, ""); while (sub(/[0-9]+/, "")) list = list (list ? "," : "") units; print list }')"
   if [ -n "$labels" ]; then configuration+=("data.labels=[$labels]"); fi
   if [ "$1" = xeus ]; then
     if [ ! -f "$compared/rooms.jsonl" ]; then harken data rooms --out "$compared/rooms.jsonl" --count 300; fi

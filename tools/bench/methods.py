@@ -90,7 +90,8 @@ def arguments_of(args: argparse.Namespace, method: str, *, as_hubert: bool, fold
     path = METHODS / f"{method}.yaml"
     resolved = yaml.safe_load(to_yaml(load([path], common).config))
     if not as_hubert:
-        stores = ",".join([str(args.units)] * len(resolved["objective"].get("classes", ())))
+        classes = resolved["objective"].get("classes", ())
+        stores = ",".join([str(args.units)] * (len(classes) if isinstance(classes, list) else 0))
         return [str(path), *common, *([f"data.labels=[{stores}]"] if stores else [])]
     model = folder / f"{method}.yaml"
     model.write_text(yaml.safe_dump({part: resolved[part] for part in ("frontend", "encoder")}), encoding="utf-8")
