@@ -20,7 +20,8 @@ class Slow:
     """Features that leave time to be interrupted."""
 
     def __init__(self, features: Features) -> None:
-        self.features, self.spec, self.describe = features, features.spec, features.describe
+        self.features, self.describe = features, features.describe
+        self.spec, self.rows = features.spec, features.rows
 
     def __call__(self, batch: Batch) -> list[Frames]:
         time.sleep(0.05)
