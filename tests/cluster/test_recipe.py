@@ -77,7 +77,7 @@ def shell(checkout: Path, environment: dict[str, str], command: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -85,13 +85,15 @@ def shell(checkout: Path, environment: dict[str, str], command: str) -> str:
 
 
 def wrote(exp: Path, data: Path) -> dict[str, bytes]:
-    """What a run made, apart from times: tokens, labels, weights, transcripts, error rates."""
+    """What a run made, wherever its folder is: tokens, labels, weights, transcripts, error rates."""
     files = [data / "tokens.txt", *sorted(data.glob("*.tsv")), *sorted((exp / "decode").glob("*/*-score/*.json"))]
     for units in ("units1", "units2"):
         files += [exp / units / "labels" / name for name in ("labels.bin", "index.npy", "ids.txt", "card.json")]
     files += [exp / name / "checkpoints/step-00000042/model.safetensors" for name in TRAINED]
     files += [exp / "decode" / f"{name}.jsonl" for name in DECODED]
-    return {str(path.relative_to(exp if path.is_relative_to(exp) else data)): path.read_bytes() for path in files}
+    names = [str(path.relative_to(exp if path.is_relative_to(exp) else data)) for path in files]
+    contents = [path.read_bytes().replace(str(exp).encode(), b"EXP") for path in files]
+    return dict(zip(names, contents, strict=True))
 
 
 def test_a_new_users_commands_give_over_slurm_what_a_run_here_gives(slurm, runs, checkout: Path) -> None:
@@ -108,7 +110,7 @@ def test_a_new_users_commands_give_over_slurm_what_a_run_here_gives(slurm, runs,
     for before, after in itertools.pairwise(STAGES):
         first = f"{after}-begin" if after in IN_PIECES else after
         assert f"--dependency=afterok:{jobs[before]}\n" in (there / f"jobs/{first}.sbatch").read_text()
-    ended = slurm.wait(jobs["10-report"], "COMPLETED", "FAILED", "CANCELLED", seconds=1800)
+    ended = slurm.wait(jobs["10-report"], "COMPLETED", "FAILED", "CANCELLED", seconds=3600)
     assert ended == "COMPLETED", slurm.harken("status", there, code=1)
     told = shell(checkout, slurm.environment, status)
     assert re.findall(r"^(\d+-\w+) +job \d+ +finished", told, re.MULTILINE) == STAGES

@@ -43,19 +43,20 @@ def dump_flight(stacks: Path) -> None:
     if dump is not None:
         stacks.mkdir(parents=True, exist_ok=True)
         with atomic_path(stacks / f"flight_{distributed.rank()}") as temporary:
-            temporary.write_bytes(with_group_name(dump()))
+            temporary.write_bytes(with_groups(dump(), distributed.world_size()))
 
 
-def with_group_name(dump: bytes) -> bytes:
-    """Return a dump whose group has the name that its collectives give it, by which `fr_trace` looks it up.
+def with_groups(dump: bytes, world_size: int) -> bytes:
+    """Return a dump that lists the groups of its collectives, by whose names `fr_trace` looks for their ranks.
 
-    gloo's recorder (torch 2.13) lists the one group under an empty name, and `fr_trace` ends with a KeyError.
+    gloo's recorder (torch 2.13) lists one group, without a name, and `fr_trace` ends with a KeyError. All groups of a
+    run, its own and DeepSpeed's copy of it, have all ranks.
     """
     data = pickle.loads(dump)  # noqa: S301  of this process itself
-    groups = {tuple(entry["process_group"]) for entry in data["entries"]}
-    if set(data["pg_config"]) == {""} and len(groups) == 1:
-        name, description = groups.pop()
-        data["pg_config"] = {name: {**data["pg_config"][""], "name": name, "desc": description}}
+    if set(data["pg_config"]) == {""}:
+        groups = {tuple(entry["process_group"]) for entry in data["entries"]}
+        ranks = str(list(range(world_size)))
+        data["pg_config"] = {name: {"name": name, "desc": description, "ranks": ranks} for name, description in groups}
     return pickle.dumps(data)
 
 
