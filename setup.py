@@ -59,6 +59,11 @@ EXTRAS = {
         "scikit-learn",  # the reference for k-means inertia
         "transformers",  # the reference for encoders and checkpoints
         "hypothesis",
+        # the extras below that tests run with
+        "kaldifst",
+        "kaldi-decoder",
+        "kaldilm",
+        "pyroomacoustics",
     ],
     # A k2 wheel fits one torch, one CUDA (or CPU) and one Python. Its authors publish the matching ones in a wheel
     # index of their own, linked from k2's installation page: pass that page as `--pip-args "--find-links PAGE"`.

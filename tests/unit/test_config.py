@@ -268,6 +268,7 @@ def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, pa
     required = {
         "hubert": ["objective.classes=[7]"],
         "unispeech_sat": ["objective.classes=[7]"],
+        "beats_tokenizer": ["objective.teacher=t"],
         "constant": ["schedule.rate=1e-3"],
         "eden": ["schedule.lr_hours=10"],
         "ctc": ["objective.tokenizer=t"],
@@ -295,8 +296,9 @@ def test_every_field_can_be_overridden(small: Path, tmp_path: Path, key: str, pa
 
 @pytest.mark.parametrize("name", presets())
 def test_presets_are_whole_but_for_the_data(name: str) -> None:
-    recogniser = name.startswith("zipformer_")
-    given = ["data.train=train.jsonl", "objective.tokenizer=tokens.txt" if recogniser else "data.labels=[units]"]
+    kind = "recogniser" if name.startswith("zipformer_") else name
+    needed = {"recogniser": "objective.tokenizer=tokens.txt", "beats_tokenizer_base": "objective.teacher=exp/beats1"}
+    given = ["data.train=train.jsonl", needed.get(kind, "data.labels=[units]")]
     config = load([name], given).config
     assert from_dict(asdict(config)) == config
 

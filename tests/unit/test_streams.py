@@ -221,7 +221,7 @@ def test_a_command_is_asked_again_and_goes_on_where_it_broke(shards, tmp_path: P
         f"pipe:if [ -e {tmp_path}/x ]; then cat {source}; else touch {tmp_path}/x; head -c {half} {source}; exit 1; fi"
     )
     assert [item.id for item in read_shard(Shard(text))] == [item.id for item in read_shard(Shard(source))]
-    text = f"pipe:head -c {half} {source}; exit 3"
+    text = f"pipe:head -c {half} {source}; exec >&-; sleep 0.3; exit 3"  # the end of the data, then that of the command
     lost = [item for item in read_shard(Shard(text)) if isinstance(item, Lost)]
     assert lost
     assert lost[0].reason.endswith(": its command ended with status 3")

@@ -195,7 +195,7 @@ def test_on_a_cluster_every_stage_is_a_job_and_those_that_train_have_the_nodes(r
     ("arguments", "message"),
     [
         (["--launcher", "sge"], "--launcher must be local or slurm, got 'sge'"),
-        (["--nodes", "2"], "--nodes, --gpus, --partition, --time and --dry-run are for --launcher slurm"),
+        (["--nodes", "2"], "--nodes, --gpus, --partition, --time, --pieces and --dry-run are for --launcher slurm"),
         (["--launcher", "slurm", "--nodes", "0"], "--nodes must be 1 or more, got '0'"),
         (["--launcher", "slurm", "--cluster", "/no.yaml"], "--cluster must be a file, found none at /no.yaml"),
     ],

@@ -218,20 +218,33 @@ class _Whole(io.RawIOBase):
     def __init__(self, name: str) -> None:
         super().__init__()
         self._stream, self._head, self._tail, self._size = _open(name), b"", b"", 0
+        self._ended = False
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return as many bytes as are asked for, fewer only at the end."""
+        """Return as many bytes as are asked for, fewer only at the end.
+
+        Raises what the stream raises when its command failed: before a reader sees that something is missing.
+        """
         parts, wanted = [], size
-        while wanted and (part := self._stream.read(wanted)):
+        while wanted and (part := self._next(wanted)):
             parts.append(part)
             wanted = wanted if size < 0 else wanted - len(part)
         content = b"".join(parts)
         self._head, self._tail = self._head or content[:2], (self._tail + content[-512:])[-512:]
         self._size += len(content)
         return content
+
+    def _next(self, size: int) -> bytes:
+        if self._ended:
+            return b""
+        part = self._stream.read(size)
+        if not part:
+            self._ended = True
+            self._stream.close()  # waits for a command that has closed its output and not ended yet
+        return part
 
     def finish(self, *, tar: bool) -> None:
         """Read to the end and close.
@@ -241,7 +254,6 @@ class _Whole(io.RawIOBase):
         """
         while self.read(1 << 16):
             pass
-        self._stream.close()
         if tar and self._head != GZIP and (self._size % 512 or any(self._tail)):
             raise OSError("unexpected end of data")
 
