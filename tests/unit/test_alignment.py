@@ -212,7 +212,7 @@ def test_what_cannot_be_aligned_is_named_and_written_as_it_was(
     assert sorted(reasons) == [line["id"] for line in lines[1:5]]
     names = [line["id"] for line in lines]
     assert reasons[names[1]].startswith(f"the transcript of cut `{names[1]}` has 400 tokens and needs 400 frames, the")
-    assert "is not among the" in reasons[names[2]]
+    assert reasons[names[2]] == f"the transcript of cut `{names[2]}` has 'Z', which the tokenizer lacks"
     assert reasons[names[3]] == f"cut `{names[3]}` has no transcript"
     assert "cannot be read" in reasons[names[4]]
     found = [json.loads(line) for line in (tmp_path / "alignment/cuts.jsonl").read_text().splitlines()]
@@ -252,6 +252,44 @@ def test_outputs_between_samples_are_refused(corpus, tmp_path: Path, capsys) -> 
     assert (
         f"the {stride} samples of a frame must be divisible by `objective.head_upsampling`" in capsys.readouterr().err
     )
+
+
+def test_cuts_without_an_alignment_count_for_no_purity(model: Path, corpus, tmp_path: Path, lines, capsys) -> None:
+    """Their labels are a filling, which another alignment of the same cuts must not be held against."""
+    assert align(model, corpus.valid, tmp_path / "all") == 0
+    lines[2]["supervisions"][0]["text"] = "Z"
+    assert align(model, written(tmp_path / "some.jsonl", lines), tmp_path / "some") == 0
+    capsys.readouterr()
+    assert main(["units", "purity", str(tmp_path / "some/labels"), str(tmp_path / "all/cuts.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "purity 1.0000" in out
+    assert "of 7 cuts" in out
+    assert "1 cuts left out" in out
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 4, 5])
+def test_a_store_expects_as_many_labels_as_a_model_gives(corpus, tmp_path: Path, outputs: int) -> None:
+    config = corpus.config("ctc", "filterbank", f"objective.head_upsampling={outputs}", "frontend.subsampling=4")
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", config, build_objective(config).state_dict())
+    assert align(tmp_path / "model", corpus.valid, tmp_path / "out") == 0
+    card, spec = LabelStore(tmp_path / "out/labels").card, build_objective(config).backbone.spec
+    samples = np.random.default_rng(0).integers(0, 40000, 500)
+    expected = [spec.num_frames(int(count)) * outputs for count in samples]
+    assert card.labels_of(samples / 16000).tolist() == expected
+
+
+def test_a_tokenizer_with_a_piece_for_the_unknown_refuses_what_it_cannot_write(corpus, tmp_path: Path, lines) -> None:
+    bpe = ("--kind", "bpe", "--size", "9", "--out", str(tmp_path / "bpe.model"))
+    assert main(["data", "tokens", str(corpus.train), *bpe]) == 0
+    tokenizer = f"objective.tokenizer={tmp_path}/bpe.model"
+    config = corpus.config("ctc", "filterbank", "objective.head_upsampling=4", tokenizer)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", config, build_objective(config).state_dict())
+    lines[0]["supervisions"][0]["text"] += "q"
+    assert align(tmp_path / "model", written(tmp_path / "some.jsonl", lines), tmp_path / "out") == 0
+    (reason,) = (tmp_path / "out/labels/unreadable.tsv").read_text().splitlines()
+    assert reason == f"{lines[0]['id']}\tthe transcript of cut `{lines[0]['id']}` has 'q', which the tokenizer lacks"
 
 
 def test_the_manifest_of_an_alignment_is_indexed(model: Path, corpus, tmp_path: Path) -> None:

@@ -253,6 +253,7 @@ def test_a_model_fine_tuned_by_ctc(tmp_path: Path, capsys: pytest.CaptureFixture
     dictionary = module.Dictionary()
     dictionary.symbols = SYMBOLS
     weights = {f"w2v_encoder.w2v_model.{name}": value for name, value in fairseq_names(checkpoint.model).items()}
+    weights["w2v_encoder.w2v_model._ema"] = checkpoint.weights["_ema"]  # a dict among tensors
     weights |= {f"w2v_encoder.proj.{name}": value for name, value in head.named_parameters()}
     options = {"_name": "wav2vec_ctc", "w2v_args": checkpoint.groups(), "layerdrop": 0.1, "final_dropout": 0.0}
     sys.modules[module.__name__] = module

@@ -151,15 +151,16 @@ def test_units_that_are_the_symbols_tell_all_and_equal_ones_nothing() -> None:
 
 
 def test_labels_of_any_rate_are_counted_at_their_middles(aligned: Path, tmp_path: Path) -> None:
-    """The symbols themselves as labels, at 100 Hz of 16 kHz, 50 Hz of 16 kHz and 100 Hz of 8 kHz."""
+    """The symbols themselves as labels, at 100 and 50 Hz of 16 kHz, 100 Hz of 8 kHz, and two of one time."""
     manifest = Manifest(aligned)
-    for number, (rate, hop, window) in enumerate(((16000, 160, 400), (16000, 320, 640), (8000, 80, 200))):
+    rates = ((16000, 160, 400, 1), (16000, 320, 640, 1), (8000, 80, 200, 1), (16000, 160, 400, 2))
+    for number, (rate, hop, window, same) in enumerate(rates):
         folder = tmp_path / str(number)
         folder.mkdir()
         center = (window - 1) / 2
         card = Card(
             clusters=9, sample_rate=rate, hop=hop, center=center, features="f", clusterer="c", dtype="uint8", cuts=8,
-            labels=0,
+            labels=0, rows=same,
         )  # fmt: skip
         counts = card.labels_of(np.asarray(manifest.seconds))
         rows, symbols = [], {"": 0}
@@ -167,7 +168,7 @@ def test_labels_of_any_rate_are_counted_at_their_middles(aligned: Path, tmp_path
             items = items_of(manifest.line(place), "token")
             rows.append([
                 next((symbols.setdefault(name, len(symbols)) for name, start, end in items if start <= time < end), 0)
-                for time in ((center + hop * np.arange(count)) / rate).tolist()
+                for time in ((center + hop * (np.arange(count) // same)) / rate).tolist()
             ])  # fmt: skip
         card = Card(**{**vars(card), "labels": int(counts.sum())})
         begin_store(folder, [str(manifest.line(place)["id"]) for place in range(8)], np.cumsum([0, *counts]), card)

@@ -130,12 +130,20 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _label(args: argparse.Namespace) -> int:
+    from harken.core.errors import HarkenError
     from harken.core.pieces import Piece
     from harken.units.label import Job, label
     from harken.units.tokenizer import open_tokenizer
 
     started = time.perf_counter()
-    features = functools.partial(open_tokenizer, args.tokenizer) if args.tokenizer else _features(args)
+    features: functools.partial[Features] = _features(args)
+    if args.tokenizer:
+        if args.model or args.layer is not None or args.subtract_mean or args.average != 1 or args.features != "mfcc":
+            raise HarkenError(
+                "`--tokenizer` has features of its own: leave out --features, --model, --layer, --average and "
+                "--subtract-mean"
+            )
+        features = functools.partial(open_tokenizer, args.tokenizer, args.sample_rate)
     job = Job(args.out, tuple(args.manifest), args.clusterer, features, args.sample_rate, max_seconds=60.0)
     piece = Piece.parse(args.piece) if args.piece else None
     card = label(job, args.jobs, _say, piece)

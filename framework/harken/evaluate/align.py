@@ -37,12 +37,11 @@ from harken.decode.search import checked
 from harken.evaluate.ctc_model import CtcModel, load_ctc
 from harken.objectives.ctc import CtcConfig
 from harken.objectives.transcripts import frames_needed
-from harken.units.store import Card, begin_store, fit_length, order_entries, write_reasons
+from harken.units.store import UNREADABLE, Card, begin_store, fit_length, order_entries, write_reasons
 
 KIND = "alignment"
 CARD, CUTS, LABELS = "card.json", "cuts.jsonl", "labels"
 FILES = (CARD, CUTS, index_folder(Path(CUTS)).name, LABELS)
-UNALIGNED = "unreadable.tsv"  # in the label store, where its readers look for cuts without labels of their own
 BLOCK = 256
 
 
@@ -110,11 +109,12 @@ def _texts(
     for place in places:
         line = manifest.line(place)
         cut = str(line["id"])
-        try:
-            tokens = model.tokenizer.encode(text_of(line))
-        except HarkenError as error:
-            reasons[cut] = str(error)
+        text = text_of(line)
+        if lacking := model.tokenizer.unknown(text):
+            shown = ", ".join(map(repr, sorted(lacking)))
+            reasons[cut] = f"the transcript of cut `{cut}` has {shown}, which the tokenizer lacks"
             continue
+        tokens = model.tokenizer.encode(text)
         if tokens:
             texts[place] = cut, tokens
         else:
@@ -172,7 +172,7 @@ def align(work: Work, out: Path, jobs: int, say: Callable[[str], None]) -> None:
                 f"none of the {len(ids)} cuts of {work.manifest} could be aligned; the first: "
                 f"{next(iter(reasons.values()))}"
             )
-        write_reasons(folder / LABELS / UNALIGNED, reasons)
+        write_reasons(folder / LABELS / UNREADABLE, reasons)
         card.write(folder / LABELS)
         build_index(folder / CUTS, jobs=1)
         about = {
@@ -211,6 +211,7 @@ def _store_card(model: CtcModel, ids: list[str], index: NDArray[np.int64], diges
         dtype=Card.smallest_dtype(model.tokenizer.size),
         cuts=len(ids),
         labels=int(index[-1]),
+        outputs=model.outputs_per_frame,
     )
 
 
@@ -220,7 +221,7 @@ def _tell(out: Path, cuts: int, aligned: int, reasons: dict[str, str], say: Call
         say(f"WARNING {len(reasons)} cuts have no alignment or one that lacks frames, among them:")
         for reason in list(reasons.values())[:5]:
             say(f"  {reason}")
-        say(f"  all of them are named in {out / LABELS / UNALIGNED}")
+        say(f"  all of them are named in {out / LABELS / UNREADABLE}")
 
 
 class _Writer:

@@ -81,7 +81,10 @@ def probe(model: str, manifest: str, alignment: str, config: ProbeConfig, say: S
         )
     data = DataConfig(train=manifest, sample_rate=features.spec.sample_rate, workers=config.workers)
     settings = KMeansConfig(clusters=config.clusters, seed=config.seed)
-    frames = sample_frames(manifest, features, data, max_frames=config.max_frames, seed=config.seed, say=say)
+    most = config.max_frames
+    frames = sample_frames(
+        manifest, features, data, max_frames=most, seed=config.seed, say=say, max_seconds=config.max_seconds
+    )
     fitted, inertia = fit(frames, settings, say)
     centroids, count = torch.from_numpy(fitted).to(features.device), len(frames)
     del frames

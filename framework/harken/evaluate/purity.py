@@ -121,8 +121,8 @@ class Joint:
 def store_purity(store: LabelStore, alignment: Alignment) -> Purity:
     """Return the figures of the labels of a store, each at the time of its middle, whatever their rate.
 
-    Cuts without labels or without the tier are left out. Raises HarkenError when none has both, and for labels of
-    other audio.
+    Cuts without labels of their own or without the tier are left out. Raises HarkenError when none has both, and for
+    labels of other audio.
     """
     manifest, card = alignment.manifest, store.card
     rows = store.rows(np.asarray(manifest.hashes))
@@ -134,14 +134,17 @@ def store_purity(store: LabelStore, alignment: Alignment) -> Purity:
     joint, seconds = Joint(), np.asarray(manifest.seconds)
     for place in np.flatnonzero(rows >= 0).tolist():
         line = manifest.line(place)
+        if line["id"] in store.without_own:
+            continue
         units = store[str(line["id"])]
         expected = int(card.labels_of(seconds[place : place + 1])[0])
-        if abs(len(units) - expected) > TOLERANCE:
+        if abs(len(units) - expected) > TOLERANCE * card.rows:
             raise HarkenError(
                 f"cut `{line['id']}` has {len(units)} labels in {store.folder}, and its {seconds[place]:.2f} s in "
                 f"{manifest.path} give {expected}: the alignment is of other audio"
             )
-        joint.add(line, alignment.tier, units, (card.center + card.hop * np.arange(len(units))) / card.sample_rate)
+        times = np.arange(len(units)) // card.rows  # labels of one time stand side by side
+        joint.add(line, alignment.tier, units, (card.center + card.hop * times) / card.sample_rate)
     if not joint.cuts:
         raise alignment.without(len(rows))
     return joint.measure(left_out=len(rows) - joint.cuts)

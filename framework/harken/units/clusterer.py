@@ -58,18 +58,26 @@ class Clusterer:
 
 
 def sample_frames(
-    manifest: str, features: Features, data: DataConfig, *, max_frames: int, seed: int, say: Say
+    manifest: str,
+    features: Features,
+    data: DataConfig,
+    *,
+    max_frames: int,
+    seed: int,
+    say: Say,
+    max_seconds: float = 120.0,
 ) -> Frames:
     """Stream over a manifest and keep a seeded share of every cut's frames, at most about `max_frames` in memory.
 
-    Cuts that cannot be read are replaced by others, counted and named.
+    max_seconds: of padded audio that is read and encoded at once. Cuts that cannot be read are replaced by others,
+    counted and named.
     """
     opened = Manifest(manifest)
     spec = features.spec
     total = sum(int(spec.num_frames(round(float(seconds) * spec.sample_rate))) for seconds in opened.seconds)
     share = min(1.0, max_frames / max(1, total))
     draws = Draws(seed, 0)
-    loader = EvalLoader(manifest, data, 120.0, as_it_is)
+    loader = EvalLoader(manifest, data, max_seconds, as_it_is)
     kept: list[Frames] = []
     replaced = 0
     for place, (batch, _) in enumerate(loader):

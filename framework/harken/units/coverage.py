@@ -10,7 +10,7 @@ from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec
 from harken.data.check import Cuts, Doubt
 from harken.units.check import check_units
-from harken.units.store import TOLERANCE, Card, LabelStore
+from harken.units.store import TOLERANCE, UNREADABLE, Card, LabelStore
 
 
 def check_rate(store: LabelStore, spec: FrameSpec) -> None:
@@ -79,16 +79,13 @@ def check_labels(store: LabelStore, cuts: Cuts) -> Iterator[Doubt]:
 
 def _own(store: LabelStore, cuts: Cuts) -> Iterator[Doubt]:
     """Yield how many cuts have a filling instead of labels, because their audio could not be labelled."""
-    path = store.folder / "unreadable.tsv"
-    if not path.is_file():
+    if not (names := list(store.without_own)):
         return
-    names = [line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()]
-    unknown = len(names)
-    if unknown:
-        share, allowed = unknown / store.card.cuts, cuts.config.max_bad_share
-        yield Doubt(
-            "wrong" if share > allowed else "warning",
-            f"{unknown} of {store.card.cuts} cuts of {store.folder} have no labels of their own, the first "
-            f"`{names[0]}`, and `data.max_bad_share` allows {100 * allowed:g}%: their audio could not be labelled "
-            f"({path} says why); run `harken data verify {cuts.manifest.path} --clean CLEAN.jsonl`, and label that",
-        )
+    share, allowed = len(names) / store.card.cuts, cuts.config.max_bad_share
+    yield Doubt(
+        "wrong" if share > allowed else "warning",
+        f"{len(names)} of {store.card.cuts} cuts of {store.folder} have no labels of their own, the first "
+        f"`{names[0]}`, and `data.max_bad_share` allows {100 * allowed:g}%: their audio could not be labelled "
+        f"({store.folder / UNREADABLE} says why); run `harken data verify {cuts.manifest.path} --clean CLEAN.jsonl`, "
+        "and label that",
+    )

@@ -30,7 +30,7 @@ from harken.data.parallel import end_with_parent
 from harken.data.plan import rectangles
 from harken.units.clusterer import Clusterer
 from harken.units.features import Features
-from harken.units.store import Card, begin_store, fit_length, order_entries, write_reasons
+from harken.units.store import UNREADABLE, Card, begin_store, fit_length, order_entries, write_reasons
 from harken.units.tokenizer import tokenizer_clusterer
 
 BATCHES_OF_A_PIECE = 8
@@ -104,7 +104,7 @@ def label(job: Job, processes: int, say: Callable[[str], None], piece: Piece | N
         say(f"WARNING {len(unreadable)} cuts have no labels of their own, among them:")
         for reason in list(unreadable.values())[:5]:
             say(f"  {reason}")
-        say(f"  all of them are named in {job.out / 'unreadable.tsv'}")
+        say(f"  all of them are named in {job.out / UNREADABLE}")
     return card
 
 
@@ -147,8 +147,8 @@ def _start_store(job: Job, layout: Layout, card: Card) -> bool:
             if not path.is_file():  # another piece has just made it
                 raise
         _make_store(job, layout, card, plan)
-    # a store that was begun before there were patches does not say that it has one row
-    if {"rows": 1, **json.loads(path.read_text())} != json.loads(json.dumps(plan)):
+    # a store that was begun before there were patches does not say that it has one row, nor one output
+    if {"rows": 1, "outputs": 1, **json.loads(path.read_text())} != json.loads(json.dumps(plan)):
         raise HarkenError(
             f"{job.out} holds labels of other audio, features or clusters: choose another folder or remove it"
         )
@@ -233,7 +233,7 @@ def _finish(job: Job, layout: Layout, card: Card) -> dict[str, str]:
     unreadable: dict[str, str] = {}
     for piece in range(len(layout.pieces)):
         unreadable.update(json.loads(_marker(job.out, piece).read_text())["unreadable"])
-    write_reasons(job.out / "unreadable.tsv", unreadable)
+    write_reasons(job.out / UNREADABLE, unreadable)
     card.write(job.out)
     remove(job.out / "pieces")
     return unreadable

@@ -32,6 +32,7 @@ from harken.core.draws import key
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_path, write_json_atomic, write_text_atomic
 
+UNREADABLE = "unreadable.tsv"
 TOLERANCE = 2
 """Labels, of each row, by which what a file gives may differ from what its stated duration promises."""
 
@@ -43,6 +44,7 @@ class Card:
     clusters: K. center: sample at the middle of what label 0 saw. hop: samples between labels. features: what was
     clustered, with the hash of its model. clusterer: hash of the centroids. cuts, labels: how many there are. rows:
     labels of one time, side by side: those of a frame's patches; 1 for speech, and in cards that do not say it.
+    outputs: labels, one `hop` after the other, that only come together, as a model makes them of one frame.
     """
 
     clusters: int
@@ -55,6 +57,7 @@ class Card:
     cuts: int
     labels: int
     rows: int = 1
+    outputs: int = 1
 
     @property
     def rate(self) -> float:
@@ -68,9 +71,10 @@ class Card:
 
     def labels_of(self, seconds: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
         """Return how many labels cuts of these seconds have: `rows` where a whole window lies inside the cut."""
-        window = 2 * self.center + 1
+        window = 2 * self.center + 1 + (self.outputs - 1) * self.hop
         samples = np.rint(np.asarray(seconds, dtype=np.float64) * self.sample_rate)
-        return self.rows * np.maximum((samples - window) // self.hop + 1, 0).astype(np.int64)
+        frames = np.maximum((samples - window) // (self.hop * self.outputs) + 1, 0)
+        return (self.rows * self.outputs * frames).astype(np.int64)
 
     @classmethod
     def smallest_dtype(cls, clusters: int) -> str:
@@ -88,6 +92,13 @@ class LabelStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.card = self._read_card()
+
+    @cached_property
+    def without_own(self) -> dict[str, str]:
+        """Why cuts have a filling instead of labels: their audio could not be labelled."""
+        path = self.folder / UNREADABLE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return dict(line.split("\t", 1) for line in lines)
 
     def _read_card(self) -> Card:
         path = self.folder / "card.json"

@@ -53,9 +53,15 @@ class Tokenizer:
         return [row[:count] for row, count in zip(vectors, counts, strict=True)]
 
 
-def open_tokenizer(model: str) -> Features:
-    """Return a saved tokenizer as what `harken.units.label` labels with."""
-    return Tokenizer(model)
+def open_tokenizer(model: str, sample_rate: int) -> Features:
+    """Return a saved tokenizer as what `harken.units.label` labels with.
+
+    Raises HarkenError where it was trained at another rate than audio is read at.
+    """
+    tokenizer = Tokenizer(model)
+    if (own := tokenizer.spec.sample_rate) != sample_rate:
+        raise HarkenError(f"`--sample-rate` must be the {own} Hz that {model} was trained on, got {sample_rate}")
+    return tokenizer
 
 
 def tokenizer_clusterer(features: Features) -> Clusterer:
