@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harken.core.draws import begin_micro_batch
 from harken.units.ema_codebook import EmaCodebook
 
 STEPS = 3
@@ -19,9 +18,8 @@ def move(parts: list[list[torch.Tensor]]) -> torch.Tensor:
     """Return the codes after steps, each of some micro-batches of tokens."""
     torch.manual_seed(0)
     book = EmaCodebook(8, 4, 6, decay=0.7, seed=1)
-    for step, tokens in enumerate(parts):
-        for place, part in enumerate(tokens):
-            begin_micro_batch(0, step, place)
+    for tokens in parts:
+        for part in tokens:
             book(part, remember=True)
         book.update()
     return book.codes

@@ -83,6 +83,12 @@ class Objective(nn.Module):
         passes = 3.0 if any(parameter.requires_grad for parameter in frontend.parameters()) else 1.0
         return passes * frontend.flops(samples)
 
+    def begin_passes(self) -> None:
+        """Forget what earlier passes left to be counted: those of a step begin, or begin again.
+
+        Earlier ones may have run out of memory, been a trial on noise, or belonged to a step that was not applied.
+        """
+
     def after_step(self, step: int) -> None:
         """Update what no optimiser updates (teachers, temperatures) after optimiser step `step`."""
 

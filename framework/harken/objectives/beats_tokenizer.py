@@ -132,6 +132,10 @@ class BeatsTokenizer(Objective):
         unused = 0.0 * self.backbone.mask_embedding.sum()
         return Loss(total=encoded.penalised(total + unused), metrics=metrics)
 
+    def begin_passes(self) -> None:
+        """Forget which tokens the codes were to follow."""
+        self.tokenizer.forget()
+
     def after_step(self, step: int) -> None:
         """Move the codes; every rank calls it."""
         self.tokenizer.update()

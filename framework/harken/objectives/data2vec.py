@@ -125,7 +125,7 @@ class Data2vec(Objective):
         self.width = self.head(run)
         self.teacher = Teacher(backbone.encoder, config.top_layers, config.targets)
         self.scale = self.width**-0.5 if config.loss_scale is None else config.loss_scale
-        self._moments: Tensor | None = None  # of this rank's frames since the last step
+        self._moments: Tensor | None = None  # of this rank's frames in this step
 
     def head(self, run: RunConfig) -> int:
         """Make what predicts targets; return their width."""
@@ -165,7 +165,7 @@ class Data2vec(Objective):
         """Return what the log shows of a batch's predictions `(N, D)`; it is kept for the look for a collapse, too."""
         count = total.new_tensor(batch.num_targets)
         moments = torch.stack([_moments(target), _moments(predicted.detach())])
-        if self.training:
+        if self.training and batch.num_targets:
             self._moments = moments if self._moments is None else self._moments + moments
         spread = _deviation(moments).to(total.dtype)
         decay = self.config.decay(int(current_step()), self.times)
@@ -175,6 +175,10 @@ class Data2vec(Objective):
             "prediction_deviation": (spread[1] * count, count),
             "teacher_decay": (count * decay, count),
         }
+
+    def begin_passes(self) -> None:
+        """Forget the frames that are looked at for a collapse."""
+        self._moments = None
 
     def after_step(self, step: int) -> None:
         """Move the teacher; now and then see that nothing has collapsed. Every rank calls it.

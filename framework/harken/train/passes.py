@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from harken.data.dataset import Task
 from harken.data.loader import Step, TrainLoader
 from harken.engine.base import Engine
 from harken.engine.memory import free, is_out_of_memory, renew_limit
+from harken.train.trainable import Trainable
 
 Work = list[tuple[Task | None, Batch]]  # a batch, and what it was read from where it can be read again
 
@@ -142,6 +144,7 @@ class StepRunner:
     def attempt(self, passes: Passes, work: Work, idle: list[Batch], number: int, targets: float) -> int | None:
         """Run passes until one fails; return its place. Where passes send, run all of them, small ones in its stead."""
         passes.done.clear()
+        cast(Trainable, self.engine.model).begin_passes()
         # what counts what it has seen sees by this that a pass without weight is none to count
         batches = [*(batch for _, batch in work), *(replace(batch, num_targets=0.0) for batch in idle)]
         failed, small = None, None
@@ -160,7 +163,7 @@ class StepRunner:
                 if self.engine.local_passes:
                     break
                 free()
-                small = self._reader(None).smallest()
+                small = replace(self._reader(None).smallest(), num_targets=0.0)
                 draws.begin_micro_batch(self.seed, number, batch.micro_batch)
                 self.engine.recover(small, last=last)
             elif counts:

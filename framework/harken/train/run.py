@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from harken.config.registry import build
 from harken.config.saved import load_config
 from harken.config.schema import RunConfig
 from harken.core import distributed
-from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
@@ -43,28 +42,8 @@ from harken.train.profile import Profile
 from harken.train.shrink import limits_of
 from harken.train.speed import Speedometer, peak_tflops
 from harken.train.state import TrainState
+from harken.train.trainable import Trainable
 from harken.train.tune import table
-
-
-class Trainable(Protocol):
-    """What this package needs of an objective, which it never imports."""
-
-    def flops(self, batch: Batch) -> float:
-        """Operations of a training step."""
-        ...
-
-    def rate_scale(self, parameter: str, step: int) -> float:
-        """Factor on a parameter's learning rate."""
-        ...
-
-    def after_step(self, step: int) -> None:
-        """Update what the optimiser does not."""
-        ...
-
-    def fingerprint(self, config: RunConfig) -> dict[str, str]:
-        """Return what the targets are made of."""
-        ...
-
 
 MakeObjective = Callable[[RunConfig], nn.Module]
 MakePrepare = Callable[[bool], Prepare]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harken.core import distributed
-from harken.core.draws import current_step, key
+from harken.core.draws import key
 from harken.encoders.stack import initialise
 from harken.units.kmeans import KMeansConfig, fit
 
@@ -55,9 +55,8 @@ class EmaCodebook(nn.Module):
         normal = torch.randn(codes, code_dim, generator=generator)
         self.register_buffer("codes", functional.normalize(normal, dim=-1))
         self.register_buffer("started", torch.tensor(False))
-        self._step = -1
-        self._sums: Tensor | None = None  # over this step: `(K, code_dim + 1)`, with the counts as the last channel
-        self._vectors: list[Tensor] | None = []  # of this step, while the start has not been made
+        self._sums: Tensor | None = None  # since the last update: `(K, code_dim + 1)`, the counts last
+        self._vectors: list[Tensor] | None = []  # the same, while the start has not been made
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Return the unit vectors `(..., code_dim)` of tokens `(..., D)`, float32."""
@@ -75,16 +74,17 @@ class EmaCodebook(nn.Module):
             return Coded(encoded + (chosen - encoded).detach(), (encoded - chosen).square().mean(-1), codes)
 
     def _remember(self, encoded: Tensor, codes: Tensor) -> None:
-        step = int(current_step())
-        if step != self._step:  # the step before may not have been applied: its tokens are forgotten
-            self._step, self._sums = step, None
-            self._vectors = None if self._vectors is None else []
         ones = torch.ones_like(encoded[:, :1])
         sums = encoded.new_zeros(len(self.codes), encoded.shape[1] + 1)
         sums.index_add_(0, codes, torch.cat([encoded, ones], 1))
         self._sums = sums if self._sums is None else self._sums + sums
         if self._vectors is not None:
             self._vectors.append(encoded)
+
+    def forget(self) -> None:
+        """Remember nothing of what was seen since the last update."""
+        self._sums = None
+        self._vectors = None if self._vectors is None else []
 
     @torch.no_grad()
     def update(self) -> None:
