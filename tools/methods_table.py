@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from harken.report.metrics import read_metrics
 
 PROBED = ("rank_encoder", "purity", "pnmi")
 HEADS = (
-    *("method", "objective", "lines", "encoder", "speed / HuBERT's", "memory / HuBERT's", "RankMe", "purity", "PNMI"),
+    *("method", "objective", "lines", "encoder", "steps", "speed / HuBERT's", "memory / HuBERT's", "RankMe", "purity", "PNMI"),
     *("test CER %", "test WER %", "test-unseen CER %"),
 )
 
@@ -67,7 +68,8 @@ def publish(methods: Path, results: Path, page: Path) -> None:
         folder = methods / "models" / probed.stem
         rows = [
             json.loads(path.read_text(encoding="utf-8"))
-            for path in methods.glob(f"rows/30-{folder.name}-*/result.json")
+            for path in sorted(methods.glob(f"rows/30-{folder.name}-*/result.json"))
+            if results_table.ROW.fullmatch(path.parent.name)  # not what was put aside
         ]
         if rows:
             write_json_atomic(results / f"{folder.name}.json", collect(folder, probed, rows))
@@ -75,8 +77,11 @@ def publish(methods: Path, results: Path, page: Path) -> None:
     speeds = {row["method"]: row for row in known.pop("speed", {"methods": []})["methods"]}
     if not known:
         raise HarkenError(f"no finished methods in {methods}: run the stages before first")
-    results_table.insert(page, table(list(known.values()), speeds), ("<!-- methods:begin -->", "<!-- methods:end -->"))
-    print(table(list(known.values()), speeds))
+    shown = table(list(known.values()), speeds)
+    where = os.path.relpath(results, page.parent)
+    origins = results_table.origins([row for method in known.values() for row in method["rows"]], where)
+    results_table.insert(page, f"{shown}\n\n{origins}", ("<!-- methods:begin -->", "<!-- methods:end -->"))
+    print(shown)
 
 
 def collect(folder: Path, probed: Path, rows: list[Row]) -> Row:
@@ -116,7 +121,7 @@ def table(methods: list[Row], speeds: dict[str, Row]) -> str:
             statistics.mean(100 * one["scores"][part][kind]["rate"] for one in row["rows"])
             for part, kind in (("test", "cer"), ("test", "wer"), ("test-unseen", "cer"))
         ]
-        cells = [row["method"], f"`{row['objective']}`", str(row["lines"]), row["encoder"], *ratios]
+        cells = [row["method"], f"`{row['objective']}`", str(row["lines"]), row["encoder"], str(row["steps"]), *ratios]
         cells += [f"{rank:.0f}", f"{purity:.3f}", f"{pnmi:.3f}", *(f"{rate:.1f}" for rate in rates)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

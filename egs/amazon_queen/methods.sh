@@ -95,6 +95,10 @@ pretrain_methods() {
   mkdir -p "$compared/models"
   begin_side_by_side
   for method in $methods; do beside_others "$method" pretrain_method "$method"; done
+  wait
+  for method in $methods; do
+    if [ -f "$compared/models/$method/commands" ]; then cat "$compared/models/$method/commands" >> "$stage_commands"; fi
+  done
   end_side_by_side methods
 }
 stage 2 pretrain "$units1/ $data/train.jsonl" "$compared/models/" pretrain_methods "$methods" "$steps" "$(all_configurations)"
@@ -118,10 +122,11 @@ start_commands() { # METHOD
 }
 
 start_configuration() { # METHOD
-  printf '%s\n' "$compared/models/$1/model.yaml" encoder.dropout=0.2
+  printf '%s\n' "$compared/models/$1/model.yaml" ${conf:+"$conf"} encoder.dropout=0.2
 }
 
-stage 4 rows "$compared/models/" "$compared/rows/" rows 30 30 "$seeds" "$methods" -- \
+stage 4 rows "$compared/models/" "$compared/rows/" rows 30 30 "$seeds" "$methods" \
+  "$(all_configurations)" -- \
   "$recipe/conf/compare/finetune.yaml" "train.steps=$budget" "train.valid_every_steps=$budget" \
   "checkpoint.every_steps=$budget" \
   "objective.tokenizer=$data/tokens.txt" "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"

@@ -125,6 +125,10 @@ def test_methods_are_pretrained_probed_and_fine_tuned(copy: Path, python: Path, 
         assert ("data.labels=" in row["commands"][0]) == (method == "hubert")
     lines = (copy / "docs/methods.md").read_text().split("<!-- methods:begin -->")[1].splitlines()
     assert [line.split("|")[1].strip() for line in lines[3:5]] == ["hubert", "data2vec"]
+    assert (copy / "exp/stages/2-pretrain.commands").read_text().count("harken train ") == 2
+    shutil.copytree(copy / "exp/methods/rows/30-hubert-1", copy / "exp/methods/rows/30-hubert-1.old")
     again = compare(copy, python, "methods.sh", *asked, "--seeds", "1 2")
+    hubert = json.loads((copy / RECIPE / "results/methods/hubert.json").read_text())
+    assert [row["seed"] for row in hubert["rows"]] == [1, 2], "what was put aside does not count"
     assert again.count("skipped: finished on") == 3
     assert again.count("-1: done before") == again.count("-2: done") == 2

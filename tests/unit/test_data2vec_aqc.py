@@ -180,7 +180,13 @@ def test_its_terms_change_the_course_and_report_the_codebooks(corpus, train, tmp
     more = ("log.every_steps=1", f"data.valid={corpus.valid}", "objective.views=both")
     status, _, error = train("data2vec_aqc", *more, steps=2)
     assert status == 0, error
-    rows = [json.loads(line) for line in (tmp_path / "exp/metrics.jsonl").read_text().splitlines()]
+    status, _, error = train("data2vec_aqc", *more, "objective.contrast_weight=0", steps=2, exp="without")
+    assert status == 0, error
+    rows, without = (
+        [json.loads(line) for line in (tmp_path / f"{exp}/metrics.jsonl").read_text().splitlines()]
+        for exp in ("exp", "without")
+    )
+    assert rows[0]["gradient_norm"] != pytest.approx(without[0]["gradient_norm"], rel=1e-3)
     assert {row["kind"] for row in rows} == {"train", "valid"}
     assert all(1.0 <= row["codebook_perplexity"] <= 6.0 for row in rows)
     assert all(0.0 < row["same_cluster"] < 1.0 for row in rows)

@@ -87,6 +87,7 @@ def arguments_of(args: argparse.Namespace, method: str, *, as_hubert: bool, fold
     from harken.config.load import load, to_yaml
 
     common = [f"data.train={args.data}/train.jsonl", f"engine.threads={args.threads}", "log.tensorboard=false"]
+    common.append("data.workers=0")  # views and mixing are part of what a method costs
     path = METHODS / f"{method}.yaml"
     resolved = yaml.safe_load(to_yaml(load([path], common).config))
     if not as_hubert:
