@@ -159,9 +159,12 @@ class Build:
     def _copy(self, source: str, to: str) -> None:
         place = self._inside(self.folder if to == "." else to)
         place.mkdir(parents=True, exist_ok=True)
-        pack = ["tar", "--create", "--file=-", *copied(ROOT), "--directory", str(ROOT / source), "."]
+        left_out = copied(ROOT) if self.site.file.name == "Dockerfile" else ("--anchored", "--exclude=./.git")
+        pack = ["tar", "--create", "--file=-", *left_out, "--directory", str(ROOT / source), "."]
         with subprocess.Popen(pack, stdout=subprocess.PIPE) as packed:
             _call(["tar", "--extract", "--no-same-owner", "--file=-", "--directory", str(place)], stdin=packed.stdout)
+        if packed.returncode:
+            raise subprocess.CalledProcessError(packed.returncode, pack)
 
     def _run(self, command: Sequence[str]) -> None:
         site = dict(item.split("=", 1) for item in self.site.environment)
@@ -200,6 +203,16 @@ def missing(found: Mapping[str, str | None], user: int) -> str:
     return "" if user == 0 else "it must run as root, which chroot and mount need"
 
 
+def mirror_of(apt: Path) -> str:
+    """Return the first mirror of Debian's packages that apt's sources name, of either form; "" where none does."""
+    for path in (apt / "sources.list", *sorted((apt / "sources.list.d").glob("*"))):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for found in re.finditer(r"^(?:deb(?: +\[.*?\])? +|URIs: *)(\S+)", text, re.MULTILINE):
+            if not found[1].rstrip("/").endswith("-security"):
+                return found[1].rstrip("/")
+    return ""
+
+
 def main() -> int:
     """Run a file's steps; status 0 when all went well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,12 +226,16 @@ def main() -> int:
         "--bind", action="append", default=[], metavar="DIR", help="folder of here that commands see, read-only"
     )
     parser.add_argument("--test", action="store_true", help="take an Apptainer definition's %%test, too")
-    parser.add_argument("--mirror", default="http://deb.debian.org/debian", help="of Debian (default: %(default)s)")
+    parser.add_argument("--mirror", metavar="URL", help="of Debian (default: the first that apt has here)")
     parser.add_argument("--folder", type=Path, help="new folder for the root, which is kept (default: temporary)")
     args = parser.parse_args()
     why = missing({name: shutil.which(name) for name in ("debootstrap", "unshare", "chroot")}, os.geteuid())
     if why:
         print(f"check_containers.py: {why}", file=sys.stderr)
+        return 2
+    args.mirror = args.mirror or mirror_of(Path("/etc/apt"))
+    if not args.mirror:
+        print("check_containers.py: apt has no Debian mirror here: give --mirror URL", file=sys.stderr)
         return 2
     if args.folder is not None:
         args.folder.mkdir(parents=True)

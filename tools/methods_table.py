@@ -28,7 +28,8 @@ from harken.report.metrics import read_metrics
 
 PROBED = ("rank_encoder", "purity", "pnmi")
 HEADS = (
-    *("method", "objective", "lines", "encoder", "steps", "speed / HuBERT's", "memory / HuBERT's", "RankMe", "purity", "PNMI"),
+    *("method", "objective", "lines", "encoder", "steps", "speed / HuBERT's", "memory / HuBERT's"),
+    *("RankMe", "purity", "PNMI"),
     *("test CER %", "test WER %", "test-unseen CER %"),
 )
 

@@ -10,9 +10,13 @@ else
 fi
 
 # What a stage runs is noted as a user would type it (note_command of stages.sh); the report shows it.
-# A piece of a stage (stage_in_pieces of stages.sh) leaves it to the others, and so does the end what the begin has done.
+# A piece of a stage (stage_in_pieces of stages.sh) leaves it to the others; the end only notes what the begin has done.
 harken() {
-  case "${stage_part:-}" in "" | begin) ;; *) return ;; esac
+  case "${stage_part:-}" in
+    "" | begin) ;;
+    end) note_command harken "$@"; return ;;
+    *) return ;;
+  esac
   note_command harken "$@"
   "$python" -m harken.apps.main "$@"
 }

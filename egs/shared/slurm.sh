@@ -6,7 +6,7 @@
 # A stage in pieces has three jobs: one that begins it, an array of pieces, and one that ends it.
 
 submit_stage() { # NAME MARKER; sets stage_job
-  local name="$1" marker="$2" after="$stage_job" arguments=(--exp "$exp" --name "$1") command word
+  local name="$1" marker="$2" after="$stage_job" arguments=(--exp "$exp" --name "$1") command word status
   command=("$(command -v bash)" "$recipe/$(basename "$0")")
   for word in "${given[@]}"; do
     # a stage in pieces is forced by its markers being gone, once for all its jobs
@@ -27,11 +27,24 @@ submit_stage() { # NAME MARKER; sets stage_job
     stage_table+=("$(printf '%-14s printed, not submitted' "$name")")
     return
   fi
-  # Forced, it must run even when its first start ends before it has begun the stage.
-  if [ "$force" = 1 ]; then rm -f "$marker" "${marker%.done}.begun"; fi
-  stage_job="$("$python" -m harken.apps.main launch "${arguments[@]}" --parsable -- "${command[@]}")"
+  # Forced, it must run even when its first start ends before it has begun the stage. Refused, as a job of it still
+  # runs, that one keeps its markers: without them it would begin anew.
+  if [ "$force" = 1 ]; then move_markers "$marker" "" .forced; fi
+  stage_job="$("$python" -m harken.apps.main launch "${arguments[@]}" --parsable -- "${command[@]}")" || {
+    status=$?
+    if [ "$force" = 1 ]; then move_markers "$marker" .forced ""; fi
+    exit "$status"
+  }
+  rm -f "$marker.forced" "${marker%.done}.begun.forced"
   echo "job $stage_job${after:+, after job $after}: $exp/jobs/$name.sbatch"
   stage_table+=("$(printf '%-14s job %s' "$name" "$stage_job")")
+}
+
+move_markers() { # MARKER FROM TO, endings
+  local file
+  for file in "$1" "${1%.done}.begun"; do
+    if [ -e "$file$2" ]; then mv "$file$2" "$file$3"; fi
+  done
 }
 
 # What was submitted; the last line of a recipe.

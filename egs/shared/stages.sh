@@ -250,11 +250,8 @@ open_log() { # NAME; sets log
 # What a stage ran, for the report; all pieces run the same.
 open_commands() { # MARKER COMMAND...
   stage_commands="${1%.done}.commands"
-  case "$stage_part" in
-    end) ;;
-    */*) stage_commands="" ;;
-    *) : > "$stage_commands" ;;
-  esac
+  # the end notes what the begin has run once more, so that one that is repeated notes nothing twice
+  case "$stage_part" in */*) stage_commands="" ;; *) : > "$stage_commands" ;; esac
   shift
   if ! declare -F "$1" > /dev/null; then note_command "$@"; fi
 }

@@ -141,6 +141,12 @@ def test_a_killed_rank_is_named_by_the_other_which_ends(runs: Path) -> None:
     ended, errors = record(runs, "killed-2")
     assert ended[1][0] == -9
     assert ended[0][0] == 1
+    command = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", "--prefix", "flight_", "-j"]
+    shown = subprocess.run(
+        [*command, str(runs / "killed-2/stacks")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "gloo:" in shown.stdout + shown.stderr
     flight = pickle.loads((runs / "killed-2/stacks/flight_0").read_bytes())
     assert flight["entries"][-1]["profiling_name"].startswith("gloo:"), "what it was in when the other ended"
     message = the_message(errors)

@@ -102,3 +102,13 @@ def test_what_a_machine_lacks_is_named(tool: ModuleType) -> None:
         == "it must run as root, which chroot and mount need"
     )
     assert tool.missing({"debootstrap": "/usr/sbin/debootstrap"}, 0) == ""
+
+
+def test_the_mirror_is_the_one_that_apt_has(tool: ModuleType, tmp_path: Path) -> None:
+    assert tool.mirror_of(tmp_path) == ""
+    (tmp_path / "sources.list.d").mkdir()
+    (tmp_path / "sources.list.d/debian.sources").write_text("Types: deb\nURIs: https://mirror.example/debian/\n")
+    assert tool.mirror_of(tmp_path) == "https://mirror.example/debian"
+    lines = ["# deb http://a/debian x", "deb http://b/debian-security x", "deb [trusted=yes] http://c/debian x main"]
+    (tmp_path / "sources.list").write_text("\n".join(lines))
+    assert tool.mirror_of(tmp_path) == "http://c/debian"

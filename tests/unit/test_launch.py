@@ -119,6 +119,12 @@ def test_an_array_stands_between_what_it_needs_and_what_puts_it_together(capsys,
             "`--pieces` must be 0 (no array) or more, or `cluster`, got -1",
         ),
         (["--exp", "e", "--pieces", "2", "--", "data", "stats"], "`--pieces` is for `data scan`, `data verify`"),
+        (
+            ["--exp", "e", "--pieces", "2", "--resumes", "r", "--", "bash", "p.sh"],
+            "`--pieces` is for work that does not train: leave `--resumes` out",
+        ),
+        (["--exp", "e", "--begin", "--", "bash", "p.sh"], "`--begin` is for a program that knows `--piece begin`"),
+        (["--exp", "e", "--begin", "--pieces", "2", "--", "units", "label"], "`--begin` is for a program that knows"),
         (["--nodes", "0", "--", "train", "--exp", "e"], "must be 1 or more and `--gpus` 0 or more, got 0, 1 and 0"),
     ],
 )

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from harken.train import signals
+from harken.train.signals import StopRequest
+
 RANK = """
 import time
 from harken.train.signals import StopRequest
@@ -67,6 +70,28 @@ def test_a_process_sees_that_its_launcher_is_gone(folder: Path, chain: list[str]
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("python -m torch.distributed.run --nproc-per-node 2 x.py", "torch.distributed.run"),
+        ("python3.11 -W ignore -X dev -u -m deepspeed.launcher.launch x.py", "deepspeed.launcher.launch"),
+        ("/venv/bin/python /venv/bin/ds x.py", "ds"),
+        ("/venv/bin/python -X dev /venv/bin/torchrun x.py", "torchrun"),
+        ("bash run.sh", ""),
+        ("python", ""),
+    ],
+)
+def test_a_launcher_is_known_by_what_python_was_told_to_run(command: str, name: str) -> None:
+    assert signals._program(command.split()) == name
+    assert name in (*signals.LAUNCHERS, "")
+
+
+def test_launchers_are_looked_up_before_a_run_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dies while a model is built is missed too: launchers are those of when the module was imported."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert StopRequest()._launched is signals._LAUNCHED
 
 
 def test_a_process_of_its_own_watches_nobody(folder: Path) -> None:

@@ -132,6 +132,9 @@ def test_what_failed_goes_on_where_it_was(recipe: Path) -> None:
     assert len(job(recipe, "--piece", "1/2", code=3, fail="decode")[1]) == 1, "it stops at what fails"
     job(recipe, code=3, fail="score")
     assert run(recipe)[1] == [*ended(recipe), "doctor", "report"], "without Slurm it goes on, too"
+    repeated = commands(recipe)
+    run(recipe, "--force")
+    assert repeated == commands(recipe), "what failed and what was repeated is noted once"
 
 
 def test_another_command_begins_anew(recipe: Path) -> None:
@@ -161,3 +164,15 @@ def test_mistakes_are_one_line(recipe: Path, arguments: list[str], message: str)
     assert message in said
     assert len(said.splitlines()) == 1
     assert calls == []
+
+
+def test_what_slurm_refuses_keeps_its_markers(recipe: Path) -> None:
+    """A job of the stage still runs: at its next start it must find what it has begun."""
+    run(recipe)
+    stages = recipe / "exp/short/stages"
+    (stages / "1-decode.begun").write_text("hash x\n")
+    before = {path.name: path.read_text() for path in stages.iterdir()}
+    run(recipe, "--launcher", "slurm", "--force", "--stop-stage", "1", code=3, fail="launch")
+    assert {path.name: path.read_text() for path in stages.iterdir()} == before
+    run(recipe, "--launcher", "slurm", "--force", "--stop-stage", "1")
+    assert not [path for path in stages.iterdir() if path.name.startswith("1-decode.") and "commands" not in path.name]

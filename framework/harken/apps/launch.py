@@ -150,6 +150,10 @@ def _command(args: argparse.Namespace) -> tuple[list[str], Path, Path | None]:
     if args.pieces != "0" and harken and tuple(words[:1]) not in PIECED and tuple(words[:2]) not in PIECED:
         known = ", ".join(f"`{' '.join(verb)}`" for verb in PIECED)
         raise HarkenError(f"`--pieces` is for {known}, got `{' '.join(words[:2])}`")
+    if args.pieces != "0" and resumes is not None:
+        raise HarkenError("`--pieces` is for work that does not train: leave `--resumes` out")
+    if args.begin and (harken or args.pieces == "0"):
+        raise HarkenError("`--begin` is for a program that knows `--piece begin`, with `--pieces N`")
     if resumes is None and (args.nodes > 1 or args.gpus):
         raise HarkenError("`--nodes` and `--gpus` are for jobs that train: give `train ...`, or `--resumes FOLDER`")
     return [*harken, *words], exp, resumes

@@ -138,7 +138,8 @@ def submit(jobs: Sequence[JobRequest], cluster: ClusterConfig, templates: Path) 
 
     Raises HarkenError before any is submitted when a job of one of their names still waits or runs.
     """
-    here, names = queue(), {job.name for job in jobs}
+    # work that is one job now may have been three the last time
+    here, names = queue(), {job.name for job in jobs} | {f"{jobs[-1].name}-{part}" for part in ("begin", "pieces")}
     for job in load_jobs(jobs[0].exp):
         left = [entry for id, entry in here.items() if id.partition("_")[0] == job.id]
         if job.name in names and left:

@@ -3,7 +3,8 @@
 PyTorch keeps them in a ring for NCCL and gloo: which collective, of which shapes, called from where, begun or finished.
 The watchdog writes each rank's into `EXP/stacks/flight_RANK`, and NCCL does so itself where its own timeout or an error
 comes first (`nccl_RANK`). `python -m torch.distributed.flight_recorder.fr_trace --prefix flight_ EXP/stacks` compares
-the ranks. What an earlier start has left is put aside, as `EXP/stacks.before`: its ranks are others.
+the ranks when each has left one. What an earlier start has left is put aside, as `EXP/stacks.before`: its ranks are
+others.
 
 Source: PyTorch's "ProcessGroupNCCL environment variables"; its newer versions warn of the old names of `TORCH_FR_*`.
 """

@@ -17,7 +17,10 @@ import psutil
 
 from harken.core import distributed
 
-LAUNCHERS = ("torchrun", "torch.distributed.run", "deepspeed", "deepspeed.launcher.launch")
+LAUNCHERS = (
+    *("torchrun", "torch.distributed.run"),
+    *("deepspeed", "ds", "deepspeed.pt", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
+)
 """Scripts and modules that start processes and watch over them."""
 
 
@@ -26,7 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = False
-        self._launched = [psutil.Process(), *launchers()]
+        self._launched = _LAUNCHED
         for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(kind, self._receive)
 
@@ -60,5 +63,16 @@ def _program(command: list[str]) -> str:
     """Return the name of the script, or the module, that a command has Python run; of other programs nothing."""
     if not command or not Path(command[0]).name.startswith("python"):
         return ""
-    words = [word for word in command[1:] if word == "-m" or not word.startswith("-")]
-    return words[1] if words[:1] == ["-m"] and len(words) > 1 else Path(words[0]).name if words else ""
+    words = iter(command[1:])
+    for word in words:
+        if word in ("-W", "-X"):  # they have a value
+            next(words, "")
+        elif word == "-m":
+            return next(words, "")
+        elif not word.startswith("-"):
+            return Path(word).name
+    return ""
+
+
+# Looked up where this is imported: building a run takes minutes, in which a launcher may die.
+_LAUNCHED = [psutil.Process(), *launchers()]
