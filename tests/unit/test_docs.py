@@ -243,7 +243,7 @@ def messages() -> list[str]:
                     found.append(f"NOTE {texts[0]}: {texts[2]}")
                 elif ast.unparse(node.func).endswith(".lacks"):
                     found.append(f"missing: {texts[1]}")
-    for path in [*(ROOT / "egs").glob("*/*.sh"), *(ROOT / "tools").glob("*.sh")]:
+    for path in [*(ROOT / "egs").rglob("*.sh"), *(ROOT / "tools").glob("*.sh")]:
         joined = re.sub(r'" \\\n\s*"', " ", path.read_text(encoding="utf-8"))
         found += re.sub(r"\$\{?\w+\}?|\$\(.*?\)", "\0", joined).splitlines()
     return found
