@@ -7,9 +7,9 @@ set -euo pipefail
 recipe="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$recipe/../.." && pwd)"
 last_stage=4
-minutes="30 120" seeds="1 2 3" jobs="$(nproc)"
+minutes="30 120" seeds="1 2 3" steps=2000 budget=2000 jobs="$(nproc)"
 starts="transformer_ctc zipformer_ctc transformer_transducer zipformer_transducer"
-recipe_options=(minutes seeds starts jobs)
+recipe_options=(minutes seeds starts steps budget jobs)
 
 usage() {
   cat <<'HELP'
@@ -20,6 +20,8 @@ Recipe options:
   --minutes "30 120"   label amounts, each with every seed
   --seeds "1 2 3"      seeds of fine-tuning
   --starts "..."       rows to train (default: "transformer_ctc zipformer_ctc transformer_transducer zipformer_transducer")
+  --steps N            of pretraining, 40 s of audio each (default: 2000)
+  --budget N           steps of fine-tuning, 20 s of audio each (default: 2000)
   --jobs N             rows that run side by side, each on one thread (default: the number of cores)
 
 Stages:
@@ -37,7 +39,11 @@ HELP
 
 . "$root/egs/shared/parse_options.sh"
 parse_options "$@"
-if ! is_whole_number "$jobs" || [ "$jobs" -lt 1 ]; then die "--jobs must be 1 or more, got '$jobs'"; fi
+for number in "$jobs" "$steps" "$budget"; do
+  if ! is_whole_number "$number" || [ "$number" -lt 1 ]; then
+    die "--jobs, --steps and --budget must be 1 or more, got '$number'"
+  fi
+done
 for start in $starts; do
   case "$start" in
     transformer_ctc | zipformer_ctc | transformer_transducer | zipformer_transducer) ;;
@@ -61,7 +67,8 @@ encoder_stage() { # NUMBER NAME OVERRIDE...
   shift 2
   conf_files=("$recipe/conf/$name.yaml")
   if [ -n "$conf" ]; then conf_files+=("$conf"); fi
-  pretrain_stage "$number" "$compared/$name" "$units1" "$clusters1" "$recipe/conf/compare/pretrain.yaml" "$@"
+  pretrain_stage "$number" "$compared/$name" "$units1" "$clusters1" "$recipe/conf/compare/pretrain.yaml" \
+    "train.steps=$steps" "$@"
 }
 encoder_stage 1 transformer encoder.dropout=0
 encoder_stage 2 zipformer
@@ -84,7 +91,8 @@ start_configuration() { # START
 }
 
 stage 3 rows "$compared/" "$compared/rows/" rows "$minutes" "$minutes" "$seeds" "$starts" \
-  "$(all_configurations)" -- "$recipe/conf/compare/finetune.yaml" "objective.tokenizer=$data/tokens.txt" "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
+  "$(all_configurations)" -- "$recipe/conf/compare/finetune.yaml" "train.steps=$budget" \
+  "objective.tokenizer=$data/tokens.txt" "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
 
 stage 4 table "$compared/rows/" "$recipe/results/encoders/" "$python" "$root/tools/results_table.py" table \
   "$compared/rows" --results "$recipe/results/encoders" --readme "$recipe/README.md" --name encoders --costs \

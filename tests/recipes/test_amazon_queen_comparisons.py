@@ -83,7 +83,8 @@ def compare(copy: Path, python: Path, script: str, *arguments: str | Path, code:
 
 @pytest.mark.slow
 def test_encoders_are_pretrained_and_fine_tuned_by_both_objectives(copy: Path, python: Path) -> None:
-    asked = ("--conf", copy / "short.yaml", "--minutes", "30", "--seeds", "1", "--jobs", "2")
+    asked = ("--conf", copy / "short.yaml", "--minutes", "30", "--seeds", "1", "--jobs", "2", "--steps", "2")
+    asked += ("--budget", "2")
     compare(copy, python, "encoders.sh", *asked)
     rows = {path.stem: json.loads(path.read_text()) for path in (copy / RECIPE / "results/encoders").glob("*.json")}
     parts = [(encoder, kind) for encoder in ("transformer", "zipformer") for kind in ("ctc", "transducer")]

@@ -130,7 +130,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(train, corpus, tmp_path: Pat
 def test_the_speedometers_figures_from_known_numbers(monkeypatch) -> None:
     now = [110.0]
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    meter = Speedometer(sample_rate=100, peak=2.0, started=100.0, waited=2.0, excluded=2.0)
+    meter = Speedometer(sample_rate=100, peak=2.0, started=100.0, waited=2.0, updated=0.4, logged=0.08, excluded=2.0)
     # 4.5 s of audio in 6 s with padding; 10 s have passed, 2 of them for validation: 8 s
     meter.add(Batch(ids=("a", "b"), inputs=torch.zeros(2, 300), lengths=torch.tensor([300, 150])), flops=4e12)
     figures = meter.read()
@@ -140,6 +140,8 @@ def test_the_speedometers_figures_from_known_numbers(monkeypatch) -> None:
             "audio_seconds_per_second": 4.5 / 8,
             "padding_percent": 25.0,
             "data_wait_percent": 25.0,
+            "update_percent": 5.0,
+            "logging_percent": 1.0,
             "mfu_percent": 25.0,
         }
     )
@@ -149,6 +151,8 @@ def test_the_speedometers_figures_from_known_numbers(monkeypatch) -> None:
         "audio_seconds_per_second": pytest.approx(0.5),
         "padding_percent": 0.0,
         "data_wait_percent": 0.0,
+        "update_percent": 0.0,
+        "logging_percent": 0.0,
         "mfu_percent": 0.0,
         "memory_gib": pytest.approx(speed.memory_gib()),
     }, "the second interval begins anew"

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,8 @@ class DeepSpeedEngine:
         self._alone = distributed.world_size() == 1 and config.zero_stage == 0
         if self._alone:  # DeepSpeed would still copy all gradients into a buffer and back: a copy's time and memory
             self._engine.enable_backward_allreduce = False
+        if config.zero_stage == 0:  # its own goes through all modules by name, which takes as long as clipping
+            self._engine.zero_grad = partial(_forget, list(model.parameters()))
         self._unreduced, self._waiting = ExitStack(), False  # ZeRO 1 between its first backward and `reduce`
         self._partial = PartialPass(self._engine.optimizer) if config.zero_stage == 2 else None
         self.model: nn.Module = self._engine.module
@@ -230,14 +233,17 @@ class DeepSpeedEngine:
         scaler = self._engine.torch_autocast_z0_gradscaler  # with fp16 alone
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or math.inf))
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([own.grad for own in parameters if own.grad is not None])
+        self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
             self.bad_gradients = self._gradients_not_finite()
             if scaler is not None:
                 scaler.update()  # it saw the overflow: the next loss is scaled by less
             self._engine.zero_grad()
             return False
+        if self.clip_norm and self.grad_norm > self.clip_norm:  # no pass over gradients that are short enough
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         self._engine.step()
         return True
 
@@ -300,6 +306,11 @@ class DeepSpeedEngine:
             scaler.load_state_dict(details["loss_scaler"])
         for name in _COUNTERS:
             setattr(self._engine, name, details["counters"][name])
+
+
+def _forget(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def group_names(groups: Sequence[dict[str, Any]]) -> list[str]:

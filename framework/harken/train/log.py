@@ -87,6 +87,8 @@ _UNITS = {
     "audio_seconds_per_second": ("speed", "{:.0f} audio-s/s"),
     "padding_percent": ("padding", "{:.1f}%"),
     "data_wait_percent": ("wait", "{:.1f}%"),
+    "update_percent": ("update", "{:.1f}%"),
+    "logging_percent": ("logging", "{:.1f}%"),
     "mfu_percent": ("mfu", "{:.1f}%"),
     "memory_gib": ("memory", "{:.2f}GiB"),
     "learning_rate": ("lr", "{:.2e}"),

@@ -93,7 +93,9 @@ def train(run: Run) -> str:
             continue
         if state.step % config.log.every_steps == 0 or state.step == config.train.steps:
             left = (time.perf_counter() - started) / (state.step - first_step) * (config.train.steps - state.step)
+            begun = time.perf_counter()
             _log(run, left)
+            run.speed.logged += time.perf_counter() - begun
         excluded = time.perf_counter()
         score, give_up = None, False
         if run.valid is not None and (
@@ -187,13 +189,15 @@ def take_step(run: Run, step: Step) -> bool:
         shrink(loader, run.log, state, passes.failures)
     run.engine.reduce(passes.scale)
     progress.note("step")
+    begun = time.perf_counter()
     applied = run.engine.step()
     if applied:
         state.skipped_in_a_row, state.rolled_back_to = 0, None
         if run.average is not None:
             run.average.update(run.engine.model)
         run.after_step(state.step + 1)
-    else:
+    run.speed.updated += time.perf_counter() - begun
+    if not applied:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         learned = [(done.batch, done.total) for done in passes.done]

@@ -49,12 +49,18 @@ def memory_gib() -> float:
 
 @dataclass
 class Speedometer:
-    """Sums of one log interval on this rank."""
+    """Sums of one log interval on this rank.
+
+    waited, updated, logged: seconds that the loop waited for data, that the optimiser and what follows it took
+    (averages, teachers), and that the last log line took. These two are shown on CPUs alone: a GPU works on meanwhile.
+    """
 
     sample_rate: int
     peak: float
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
+    updated: float = 0.0
+    logged: float = 0.0
     excluded: float = 0.0
     flops: float = 0.0
     real: float = 0.0
@@ -70,15 +76,18 @@ class Speedometer:
         """Return the interval's figures over all ranks and start anew; validating and saving are not in them."""
         now = time.perf_counter()
         elapsed = max(now - self.started - self.excluded, 1e-9)
-        real, padded, flops, waited = distributed.sum_over_ranks([self.real, self.padded, self.flops, self.waited])
+        spent = (self.waited, self.updated, self.logged)
+        real, padded, flops, *spent_by_all = distributed.sum_over_ranks([self.real, self.padded, self.flops, *spent])
         world = distributed.world_size()
+        waited, updated, logged = (100 * seconds / world / elapsed for seconds in spent_by_all)
         figures = {
             "audio_seconds_per_second": real / elapsed,
             "padding_percent": 100 * (1 - real / padded) if padded else 0.0,
-            "data_wait_percent": 100 * waited / world / elapsed,
+            "data_wait_percent": waited,
+            **({"update_percent": updated, "logging_percent": logged} if distributed.device().type == "cpu" else {}),
             "mfu_percent": 100 * flops / world / elapsed / (self.peak * 1e12),
             "memory_gib": memory_gib(),
         }
-        self.started, self.waited, self.excluded = now, 0.0, 0.0
+        self.started, self.waited, self.updated, self.logged, self.excluded = now, 0.0, 0.0, 0.0, 0.0
         self.flops = self.real = self.padded = 0.0
         return figures
