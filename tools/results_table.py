@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STARTS = {"scratch": "from scratch", "pretrain1": "HuBERT iteration 1", "pretrain2": "HuBERT iteration 2"}
 SETS = ("test", "test-unseen")
 ROW = re.compile(r"(\d+)-([a-z0-9_]+)-(\d+)")
+BEAM_HEADS = ("6-gram: test CER %", "test WER %", "test-unseen CER %", "CER below: test, test-unseen")
 SESSIONS = "sessions.jsonl"
 COMMANDS = ("pretraining-commands", "commands")  # the first where a row starts from a pretrained model
 # what a result does not depend on, or what making the table itself changes
@@ -126,13 +127,12 @@ def collect(folder: Path) -> Row:
             f"{folder} must have taken {config.train.steps} steps, found {steps}: its training was stopped; "
             "run the same command again to continue it"
         )
-    scores = {part: json.loads((folder / f"{part}-score/wer.json").read_text(encoding="utf-8")) for part in SETS}
     sessions = [json.loads(line) for line in (folder / SESSIONS).read_text(encoding="utf-8").splitlines()]
     return {
         "minutes": int(name[1]),
         "start": name[2],
         "seed": int(name[3]),
-        "scores": {part: {kind: score[kind] for kind in ("wer", "cer")} for part, score in scores.items()},
+        "scores": scores_of(folder),
         "steps": steps,
         "hours_of_audio": records[-1]["hours"],
         "minutes_of_training": records[-1]["wall"] / 60,
@@ -142,7 +142,22 @@ def collect(folder: Path) -> Row:
         "commit": joined(session["commit"] for session in sessions),
         "rows_side_by_side": max(session["rows_side_by_side"] for session in sessions),
         "commands": [line for name in COMMANDS for line in lines_of(folder / name)],
+        **searched(folder),
     }
+
+
+def scores_of(folder: Path) -> dict[str, Any]:
+    """Return the error rates of both test sets."""
+    scores = {part: json.loads((folder / f"{part}-score/wer.json").read_text(encoding="utf-8")) for part in SETS}
+    return {part: {kind: score[kind] for kind in ("wer", "cer")} for part, score in scores.items()}
+
+
+def searched(folder: Path) -> Row:
+    """Return what a search with an n-gram found, and by which code and commands; nothing where there was none yet."""
+    if not (folder / "search-commands").is_file():
+        return {}
+    about = {"search_commit": commit(ROOT), "search_commands": lines_of(folder / "search-commands")}
+    return {"beam": scores_of(folder / "beam"), **about}
 
 
 def lines_of(path: Path) -> list[str]:
@@ -201,20 +216,25 @@ def table(rows: list[Row], layout: Layout) -> str:
     for row in rows:
         groups[row["minutes"], row["start"]].append(row)
     first = layout.starts[layout.baseline].removeprefix("from ")
+    with_beam = any("beam" in row for row in rows)
     heads = [
         *("labels", "start", "test CER %", "test WER %", "test-unseen CER %", "test-unseen WER %"),
-        *(f"CER below {first}: test, test-unseen", "seeds", "minutes of training"),
+        f"CER below {first}: test, test-unseen",
+        *(BEAM_HEADS if with_beam else ()),
+        *("seeds", "minutes of training"),
         *(("seconds a step", "peak GiB") if layout.costs else ()),
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     order = list(layout.starts)
     for minutes, start in sorted(groups, key=lambda group: (group[0], order.index(group[1]))):
         group = groups[minutes, start]
+        others = [] if start == layout.baseline else groups.get((minutes, layout.baseline), [])
         figures = [figure(rates(group, part, kind)) for part in SETS for kind in ("cer", "wer")]
-        gains = [gain(group, groups.get((minutes, layout.baseline), []), part) for part in SETS]
-        below = ", ".join(gains) if start != layout.baseline and all(gains) else ""
+        figures.append(gains(group, others))
+        if with_beam:
+            figures += beam_figures(group, others)
         spent = statistics.mean(row["minutes_of_training"] for row in group)
-        cells = [f"{minutes} min", layout.starts[start], *figures, below, str(len(group)), f"{spent:.1f}"]
+        cells = [f"{minutes} min", layout.starts[start], *figures, str(len(group)), f"{spent:.1f}"]
         lines.append(f"| {' | '.join(cells + (costs(group) if layout.costs else []))} |")
     return "\n".join(lines)
 
@@ -225,9 +245,19 @@ def costs(group: list[Row]) -> list[str]:
     return [f"{seconds:.2f}", f"{max(row['peak_gib'] for row in group):.2f}"]
 
 
-def rates(group: list[Row], part: str, kind: str) -> list[float]:
+def beam_figures(group: list[Row], others: list[Row]) -> list[str]:
+    """Return the cells of a search with an n-gram, over the rows that have been searched."""
+    searched, others = ([row for row in some if "beam" in row] for some in (group, others))
+    if not searched:
+        return [""] * len(BEAM_HEADS)
+    parts = (("test", "cer"), ("test", "wer"), ("test-unseen", "cer"))
+    found = [figure(rates(searched, part, kind, "beam")) for part, kind in parts]
+    return [*found, gains(searched, others, "beam")]
+
+
+def rates(group: list[Row], part: str, kind: str, search: str = "scores") -> list[float]:
     """Return an error rate of each row in percent."""
-    return [100 * row["scores"][part][kind]["rate"] for row in group]
+    return [100 * row[search][part][kind]["rate"] for row in group]
 
 
 def figure(values: list[float]) -> str:
@@ -236,12 +266,16 @@ def figure(values: list[float]) -> str:
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def gain(group: list[Row], others: list[Row], part: str) -> str:
-    """Return by how much the mean CER is below that of others, relative to it; "" without rows to compare."""
-    if not others:
+def gains(group: list[Row], others: list[Row], search: str = "scores") -> str:
+    """Return by how much the mean CER is below that of others, relative to it, on both test sets.
+
+    Nothing without rows to compare.
+    """
+    bases = [statistics.mean(rates(others, part, "cer", search)) for part in SETS] if others else [0.0]
+    if not all(bases):
         return ""
-    base = statistics.mean(rates(others, part, "cer"))
-    return f"{100 * (1 - statistics.mean(rates(group, part, 'cer')) / base):.0f} %" if base else ""
+    own = [statistics.mean(rates(group, part, "cer", search)) for part in SETS]
+    return ", ".join(f"{100 * (1 - mean / base):.0f} %" for mean, base in zip(own, bases, strict=True))
 
 
 def origins(rows: list[Row], results: str) -> str:

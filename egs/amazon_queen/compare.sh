@@ -6,7 +6,7 @@ set -euo pipefail
 
 recipe="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$recipe/../.." && pwd)"
-last_stage=5
+last_stage=6
 minutes="10 30 120" seeds="1 2 3" layer=4 clusters=200 jobs="$(nproc)"
 recipe_options=(minutes seeds layer clusters jobs)
 
@@ -28,7 +28,8 @@ Stages:
   2  units2     k-means on a hidden layer of it, labels
   3  pretrain2  masked prediction of these
   4  rows       every row: train, decode, score; logs in EXP/logs/compare
-  5  table      results/*.json beside this script, and the table in README.md
+  5  search     every row's transcripts once more, with a character 6-gram of all training texts
+  6  table      results/*.json beside this script, and the table in README.md
 
 A row is redone when its configuration, its labelled speech, the test sets or its pretrained model have changed, and with
 --force. One that failed stops no other; one that was interrupted continues.
@@ -83,7 +84,9 @@ stage 4 rows "$compared/pretrain1/ $compared/pretrain2/" "$compared/rows/" rows 
   "$recipe/conf/compare/finetune.yaml" "${conf_files[@]}" "objective.tokenizer=$data/tokens.txt" \
   "data.valid=$data/dev.jsonl" "data.train=$data/train.jsonl"
 
-stage 5 table "$compared/rows/" "$recipe/results/" "$python" "$root/tools/results_table.py" table "$compared/rows" \
+stage 5 search "$compared/rows/" "$compared/characters.arpa" search_rows
+
+stage 6 table "$compared/rows/ $compared/characters.arpa" "$recipe/results/" "$python" "$root/tools/results_table.py" table "$compared/rows" \
   --results "$recipe/results" --readme "$recipe/README.md" --readme "$root/README.md"
 
 stages_summary

@@ -63,10 +63,13 @@ elif verb == "train":
     note(f"took {{out.name}} {{begun}} {{time.time()}}")
 elif verb == "units" and rest[0] != "check":
     pathlib.Path(rest[rest.index("--out") + 1]).mkdir(parents=True)
+elif verb == "ngram":
+    pathlib.Path(rest[rest.index("--out") + 1]).write_text("")
 elif verb == "score":
     out = pathlib.Path(rest[rest.index("--out") + 1])
-    out.mkdir(exist_ok=True)
-    start, seed = out.parent.name.split("-")[1:]
+    out.mkdir(parents=True, exist_ok=True)
+    start, seed = (out.parent.parent if out.parent.name == "beam" else out.parent).name.split("-")[1:]
+    seed = int(seed) - 20 * (out.parent.name == "beam")
     rate = {{"scratch": 0.5, "pretrain1": 0.4, "pretrain2": 0.3}}[start] + 0.01 * int(seed)
     (out / "wer.json").write_text(json.dumps({{"wer": {{"rate": 2 * rate}}, "cer": {{"rate": rate}}}}))
 """
@@ -139,7 +142,7 @@ def test_rows_are_trained_once_and_redone_when_what_they_are_made_of_changed(cop
     assert trained(copy) == ALL
     trace = (copy / "trace").read_text()
     assert trace.count("on ['engine.threads=1', '1']") == 3
-    assert compare(copy).count("skipped: finished on") == 5
+    assert compare(copy).count("skipped: finished on") == 6
     assert trained(copy) == []
 
     (copy / "exp/compare/pretrain2/checkpoints/step-00000004/checksums.json").write_text("trained again")
@@ -232,6 +235,8 @@ def test_what_a_row_was_made_with_is_kept_beside_its_scores(copy: Path) -> None:
     made = [shlex.split(line) for line in row["commands"]]
     verbs = "train units units units train train decode score score"
     assert [words[1] for words in made] == verbs.split()
+    assert [shlex.split(line)[1] for line in row["search_commands"]] == ["decode", "score", "score"]
+    assert "--ngram" in row["search_commands"][0]
     assert made[0][2:4] == [f"{copy}/egs/amazon_queen/conf/compare/pretrain.yaml", "objective.classes=[7]"]
     train = row["commands"][5]
     assert train.startswith(f"harken train {copy}/egs/amazon_queen/conf/compare/finetune.yaml objective.tokenizer=")
@@ -243,7 +248,8 @@ def test_what_a_row_was_made_with_is_kept_beside_its_scores(copy: Path) -> None:
     assert row["commit"] == "unknown"  # the copy is no repository
     page = (copy / "egs/amazon_queen/README.md").read_text()
     assert (
-        "| 30 min | HuBERT iteration 2 | 31.5 ± 0.7 | 63.0 ± 1.4 | 31.5 ± 0.7 | 63.0 ± 1.4 | 39 %, 39 % | 2 | 1.5 |"
+        "| 30 min | HuBERT iteration 2 | 31.5 ± 0.7 | 63.0 ± 1.4 | 31.5 ± 0.7 | 63.0 ± 1.4 | 39 %, 39 % "
+        "| 11.5 ± 0.7 | 23.0 ± 1.4 | 11.5 ± 0.7 | 63 %, 63 % | 2 | 1.5 |"
         in page
     )
     assert "`harken train egs/amazon_queen/conf/compare/finetune.yaml" in page

@@ -72,6 +72,21 @@ def test_a_table_of_other_starts_has_costs_and_a_baseline_of_its_own(tool: Modul
     assert layout.markers == ("<!-- encoders:begin -->", "<!-- encoders:end -->")
 
 
+def test_rows_that_were_searched_with_an_ngram_have_columns_of_their_own(tool: ModuleType) -> None:
+    def searched(cer: float) -> dict[str, Any]:
+        return row(30, "x", 1, cer)["scores"]
+
+    rows = [row(30, "scratch", 1, 0.5, beam=searched(0.4)), row(30, "pretrain1", 1, 0.4, beam=searched(0.3))]
+    lines = tool.table([*rows, row(30, "pretrain2", 1, 0.3)], tool.Layout()).splitlines()
+    assert "| 6-gram: test CER % | test WER % | test-unseen CER % | CER below: test, test-unseen | seeds |" in lines[0]
+    assert [line.split(" | ")[6:11] for line in lines[2:]] == [
+        ["", "40.0", "80.0", "50.0", ""],
+        ["20 %, 17 %", "30.0", "60.0", "40.0", "25 %, 20 %"],
+        ["40 %, 33 %", "", "", "", ""],
+    ]
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
 def test_rows_of_earlier_calls_stay_in_the_table(tool: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "rows/10-scratch-1").mkdir(parents=True)
     (tmp_path / "rows/10-scratch-1/result.json").write_text(json.dumps(row(10, "scratch", 1, 0.5)))

@@ -137,6 +137,32 @@ end_side_by_side() { # WHAT, as of several
   fi
 }
 
+# Searches once more in what every finished row's model hears, with a character n-gram of all training texts.
+search_rows() {
+  local out
+  harken ngram "$data/train.jsonl" --tokens "$data/tokens.txt" --order 6 --out "$compared/characters.arpa"
+  begin_side_by_side
+  for out in "$compared"/rows/*; do
+    if [ -f "$out/result.json" ] && [[ "$out" =~ -[0-9]+$ ]]; then
+      beside_others "$(basename "$out")-search" search_row "$out"
+    fi
+  done
+  end_side_by_side searches
+}
+
+search_row() { # FOLDER
+  local split
+  stage_commands="$1/search-commands"
+  : > "$stage_commands"
+  harken decode "$1" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$1/beam" \
+    --method prefix_beam --ngram "$compared/characters.arpa" --ngram-weight 0.8 --insertion-bonus 1.5
+  for split in test test-unseen; do
+    harken score "$1/beam/$split.jsonl" --out "$1/beam/$split-score"
+  done
+  "$python" "$root/tools/results_table.py" finish "$1"
+  says "$(basename "$1"): searched"
+}
+
 # Every start of every row, `jobs` at a time, those of the first seed first so that a table can be made early.
 rows() { # MINUTES MINUTES-OF-ALL-SEEDS SEEDS STARTS [all_configurations] -- CONFIGURATION...
   local amounts="$1" seeded=" $2 " all_seeds="$3" starts="$4" amount start seed model
