@@ -249,8 +249,7 @@ def test_what_a_row_was_made_with_is_kept_beside_its_scores(copy: Path) -> None:
     page = (copy / "egs/amazon_queen/README.md").read_text()
     assert (
         "| 30 min | HuBERT iteration 2 | 31.5 ± 0.7 | 63.0 ± 1.4 | 31.5 ± 0.7 | 63.0 ± 1.4 | 39 %, 39 % "
-        "| 11.5 ± 0.7 | 23.0 ± 1.4 | 11.5 ± 0.7 | 63 %, 63 % | 2 | 1.5 |"
-        in page
+        "| 11.5 ± 0.7 | 23.0 ± 1.4 | 11.5 ± 0.7 | 63 %, 63 % | 2 | 1.5 |" in page
     )
     assert "`harken train egs/amazon_queen/conf/compare/finetune.yaml" in page
     assert "(egs/amazon_queen/results)" in (copy / "README.md").read_text()
