@@ -198,6 +198,8 @@ def publish(compare: Path, results: Path, readmes: list[Path], layout: Layout) -
     for path in sorted(compare.iterdir()):
         if ROW.fullmatch(path.name) and (path / "result.json").is_file():
             row = json.loads((path / "result.json").read_text(encoding="utf-8"))
+            for name in ("commands", "search_commands"):
+                row[name] = [relative(command) for command in row.get(name, ())]
             write_json_atomic(results / f"{row['minutes']}-{row['start']}-{row['seed']}.json", row)
     kept: list[Row] = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
     rows = [row for row in kept if row["start"] in layout.starts]
@@ -297,7 +299,8 @@ def origins(rows: list[Row], results: str) -> str:
 
 def relative(command: str) -> str:
     """Return a command with the paths of this repository as they are seen from its root."""
-    return shlex.join([word.replace(f"{ROOT}/", "") for word in shlex.split(command)])
+    words = (word.replace(f"{ROOT}/", "") for word in shlex.split(command))
+    return shlex.join([re.sub(r"(^|[=\[,])/[^,\]=]*?/(?=egs/\w+/)", r"\1", word) for word in words])
 
 
 def insert(readme: Path, text: str, markers: tuple[str, str]) -> None:
