@@ -95,7 +95,7 @@ def test_encoders_are_pretrained_and_fine_tuned_by_both_objectives(copy: Path, p
         assert len(train) == 2
         assert all(f"conf/{encoder}.yaml" in line for line in train)
         assert ("transducer.yaml" in train[1]) == (kind == "transducer")
-        assert f"train.init_from={copy}/exp/encoders/{encoder}" in train[1]
+        assert f"train.init_from=exp/encoders/{encoder}" in train[1]
         assert rows[f"30-{encoder}_{kind}-1"]["peak_gib"] > 0
     page = (copy / RECIPE / "README.md").read_text()
     assert page.count("| 30 min | Zipformer, ") == 2

@@ -237,10 +237,10 @@ def test_what_a_row_was_made_with_is_kept_beside_its_scores(copy: Path) -> None:
     assert [words[1] for words in made] == verbs.split()
     assert [shlex.split(line)[1] for line in row["search_commands"]] == ["decode", "score", "score"]
     assert "--ngram" in row["search_commands"][0]
-    assert made[0][2:4] == [f"{copy}/egs/amazon_queen/conf/compare/pretrain.yaml", "objective.classes=[7]"]
+    assert made[0][2:4] == ["egs/amazon_queen/conf/compare/pretrain.yaml", "objective.classes=[7]"]
     train = row["commands"][5]
-    assert train.startswith(f"harken train {copy}/egs/amazon_queen/conf/compare/finetune.yaml objective.tokenizer=")
-    assert f"train.init_from={copy}/exp/compare/pretrain2 train.init_fresh_blocks=2" in train
+    assert train.startswith("harken train egs/amazon_queen/conf/compare/finetune.yaml objective.tokenizer=")
+    assert "train.init_from=exp/compare/pretrain2 train.init_fresh_blocks=2" in train
     assert "seed=2" in train
     assert (row["steps"], row["hours_of_audio"], row["minutes_of_training"]) == (4, 0.5, 1.5)
     assert (row["seed"], row["rows_side_by_side"]) == (2, 2)
