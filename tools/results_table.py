@@ -269,15 +269,16 @@ def figure(values: list[float]) -> str:
 
 
 def gains(group: list[Row], others: list[Row], search: str = "scores") -> str:
-    """Return by how much the mean CER is below that of others, relative to it, on both test sets.
+    """Return by how much the median CER is below that of others, relative to it, on both test sets.
 
-    Nothing without rows to compare.
+    The median over seeds: a training that failed to learn moves a mean by more than what is compared. Nothing without
+    rows to compare.
     """
-    bases = [statistics.mean(rates(others, part, "cer", search)) for part in SETS] if others else [0.0]
+    bases = [statistics.median(rates(others, part, "cer", search)) for part in SETS] if others else [0.0]
     if not all(bases):
         return ""
-    own = [statistics.mean(rates(group, part, "cer", search)) for part in SETS]
-    return ", ".join(f"{100 * (1 - mean / base):.0f} %" for mean, base in zip(own, bases, strict=True))
+    own = [statistics.median(rates(group, part, "cer", search)) for part in SETS]
+    return ", ".join(f"{100 * (1 - median / base):.0f} %" for median, base in zip(own, bases, strict=True))
 
 
 def origins(rows: list[Row], results: str) -> str:

@@ -151,15 +151,20 @@ search_rows() {
 }
 
 search_row() { # FOLDER
-  local split
+  local split made options=(--method prefix_beam --ngram "$compared/characters.arpa" --ngram-weight 0.8 --insertion-bonus 1.5)
+  made="${options[*]} $(cat "$compared/characters.arpa" "$1"/test*.jsonl | sha256sum)"
+  if [ "$force" != 1 ] && [ "$(cat "$1/beam/made-of" 2>/dev/null)" = "$made" ]; then
+    says "$(basename "$1"): searched before"
+    return
+  fi
   stage_commands="$1/search-commands"
   : > "$stage_commands"
-  harken decode "$1" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$1/beam" \
-    --method prefix_beam --ngram "$compared/characters.arpa" --ngram-weight 0.8 --insertion-bonus 1.5
+  harken decode "$1" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$1/beam" "${options[@]}"
   for split in test test-unseen; do
     harken score "$1/beam/$split.jsonl" --out "$1/beam/$split-score"
   done
   "$python" "$root/tools/results_table.py" finish "$1"
+  printf '%s\n' "$made" > "$1/beam/made-of"
   says "$(basename "$1"): searched"
 }
 
