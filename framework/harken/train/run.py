@@ -96,13 +96,14 @@ def tune_batch(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     learner = _learner(config, make)
-    loader = _loader(config, prepare, spec)
+    loader = training_loader(config, prepare, spec)
     assert isinstance(loader, TrainLoader), "a stream's loader refuses `auto`"
     sizes = find_sizes(config, folder, learner.engine, learner.average, loader)
     return table(sizes.measured, sizes.limits)
 
 
-def _loader(config: RunConfig, prepare: MakePrepare, spec: FrameSpec) -> TrainLoader | StreamLoader:
+def training_loader(config: RunConfig, prepare: MakePrepare, spec: FrameSpec) -> TrainLoader | StreamLoader:
+    """Return what reads a run's training data, of a manifest or a stream; this rank's share of it."""
     kind: type[StreamLoader | TrainLoader] = StreamLoader if is_stream(config.data.train) else TrainLoader
     return kind(
         config.data,
@@ -155,7 +156,7 @@ def _limit(config: RunConfig, folder: Path, loader: TrainLoader, learner: _Learn
 def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
     """Build a run, and load the newest checkpoint in `folder` if there is one; every rank calls it."""
     _check(config, prepare)
-    loader = _loader(config, prepare, spec)
+    loader = training_loader(config, prepare, spec)
     learner = _learner(config, make)
     part = cast(Trainable, learner.model)
     checkpoints = Checkpoints(folder, config)
