@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 Samples = NDArray[np.float32]
+NO_FILE = "no file"
 
 
 class UnreadableAudioError(Exception):
@@ -26,6 +28,7 @@ def read_cut(cut: Cut, sample_rate: int) -> Samples:
 
     Raises UnreadableAudioError, naming the cut and its file.
     """
+    _prepare_lhotse()
     try:
         with progress.reading(f"{_source(cut)} (cut `{cut.id}`)"):
             audio = cut.load_audio()
@@ -35,7 +38,7 @@ def read_cut(cut: Cut, sample_rate: int) -> Samples:
         ) from error
     if audio is None or audio.size == 0:
         raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) holds no samples")
-    samples: Samples = audio.mean(axis=0, dtype=np.float32)
+    samples: Samples = audio[0] if len(audio) == 1 else audio.mean(axis=0, dtype=np.float32)
     if not np.isfinite(samples).all():
         raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) holds samples that are not finite")
     return resample(samples, cut.sampling_rate, sample_rate)
@@ -65,10 +68,18 @@ def reason(error: Exception, path: Path | None) -> str:
     return (re.sub(r"^(Error opening .*?: |Error : )", "", words) or repr(error))[:300]
 
 
+@functools.cache
+def _prepare_lhotse() -> None:
+    from harken.data.backend import use_soundfile_first
+
+    use_soundfile_first()
+
+
 def _file(cut: Cut) -> Path | None:
-    sources = getattr(getattr(cut, "recording", None), "sources", None)
-    return Path(sources[0].source) if sources and sources[0].type == "file" else None
+    source = _source(cut)
+    return Path(source) if source != NO_FILE else None
 
 
 def _source(cut: Cut) -> str:
-    return str(_file(cut) or "no file")
+    sources = getattr(getattr(cut, "recording", None), "sources", None)
+    return str(sources[0].source) if sources and sources[0].type == "file" else NO_FILE

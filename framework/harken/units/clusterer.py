@@ -32,10 +32,10 @@ class Clusterer:
     digest: str
 
     def __call__(self, frames: Frames) -> NDArray[np.int64]:
-        """Return the unit of each frame `(T, D)`."""
-        labels: NDArray[np.int64] = assign(
-            torch.from_numpy(np.ascontiguousarray(frames)), torch.from_numpy(self.centroids)
-        )[0].numpy()
+        """Return the unit of each frame `(T, D)`; found on the GPU where there is one."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rows = torch.from_numpy(np.ascontiguousarray(frames)).to(device)
+        labels: NDArray[np.int64] = assign(rows, torch.from_numpy(self.centroids).to(device))[0].cpu().numpy()
         return labels
 
     @classmethod
