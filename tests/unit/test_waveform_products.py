@@ -46,6 +46,18 @@ def test_products_equal_the_plain_layers(monkeypatch, lengths: list[int], change
         assert ((a - b).norm() / b.norm()).item() < (1e-5 if offset == 0 else 1e-3)
 
 
+def test_products_in_bf16_are_as_near_to_fp32_as_the_plain_layers(monkeypatch) -> None:
+    config = WaveformConfig(name="waveform", channels=32, grad_scale=1.0)
+    exact = both(monkeypatch, config, [6000, 4100])[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, plain = both(monkeypatch, config, [6000, 4100])
+    assert ours[0].dtype is plain[0].dtype is torch.bfloat16
+    for own, other, true in zip(ours, plain, exact, strict=True):
+        assert own.dtype is other.dtype
+        error, allowed = ((some.float() - true).norm() / true.norm() for some in (own, other))
+        assert 0 < error < max(1.3 * allowed, 0.01)
+
+
 def test_a_slice_of_a_larger_tensor_is_read_where_it_lies() -> None:
     whole = torch.randn(3, 20, 4)
     weight = torch.randn(5, 4, 3, requires_grad=True)
@@ -54,13 +66,15 @@ def test_a_slice_of_a_larger_tensor_is_read_where_it_lies() -> None:
     )
 
 
-def test_they_are_for_training_in_fp32_on_a_cpu() -> None:
+def test_they_are_for_training_on_a_cpu() -> None:
     x, weights = torch.zeros(1, 4000), [torch.zeros(2, 1, 3, requires_grad=True)]
     assert pays(x, weights)
     with torch.no_grad():
         assert not pays(x, weights)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.float16):
         assert not pays(x, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pays(x, weights)
     assert not pays(x.bfloat16(), weights)
     assert not pays(x.clone().requires_grad_(), weights)
     assert not pays(x[:, :80], weights), "short audio is slower by products"

@@ -27,6 +27,12 @@ class _DropOnCpu(torch.autograd.Function):
         return (grads[0] * ctx.keep).mul_(ctx.scale), None
 
 
+def dropped_on_cpu(x: Tensor, probability: float) -> Tensor:
+    """Return `x` with elements zeroed with a probability, rounded to 1/65536 and below 1, and the others scaled."""
+    result: Tensor = _DropOnCpu.apply(x, round(probability * _LEVELS))  # type: ignore[no-untyped-call]
+    return result
+
+
 class Dropout(nn.Dropout):
     """Zeroes elements with probability `p` and scales the others by 1 / (1 - p) in training.
 
@@ -41,5 +47,4 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * _LEVELS)
         if x.device.type != "cpu" or dropped == _LEVELS:
             return functional.dropout(x, self.p, training=True)
-        result: Tensor = _DropOnCpu.apply(x, dropped)  # type: ignore[no-untyped-call]
-        return result
+        return dropped_on_cpu(x, self.p)

@@ -1,8 +1,9 @@
-"""The convolutions of a waveform frontend as matrix products over `(B, T, C)`, for training in fp32 on a CPU.
+"""The convolutions of a waveform frontend as matrix products over `(B, T, C)`, for training on a CPU.
 
 There torch's convolution is slower on the way back than a matrix product, its group norm reads the largest tensor of
 the whole model several times, and autograd keeps three tensors of that size (docs/LOG.md). Here each layer keeps what
-enters its activation and nothing else. Results equal the plain layers' but for the order of summation.
+enters its activation and nothing else. Results equal the plain layers' but for the order of summation; under
+autocast the products are of bf16, and kernels' gradients are added up in fp32.
 """
 
 from __future__ import annotations
@@ -23,14 +24,13 @@ _ENOUGH = 400
 def pays(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Say whether to use these functions for waveforms: long, fp32, on a CPU, with a gradient of the weights alone.
 
+    Autocast may make the products bf16.
+
     Elsewhere torch's kernels are as fast, or not measured; without a gradient the plain layers can be exported.
     """
-    if (
-        not torch.is_grad_enabled()
-        or x.requires_grad
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if not torch.is_grad_enabled() or x.requires_grad or torch.compiler.is_compiling():
+        return False
+    if _products() not in (torch.float32, torch.bfloat16):
         return False
     if x.numel() < _ENOUGH * len(weights[0]):
         return False
@@ -59,14 +59,22 @@ def normalised_convolution(
     of windows less their mean with scaled kernels gives the normalised result, and the convolution's own output is
     never made. What lies behind `frames` is 0 before the shift, as in `harken.nn.masked`.
     """
-    result: Tensor = _Normalised.apply(x, weight, scale, shift, stride, eps, frames)  # type: ignore[no-untyped-call]
+    dtype = _products()
+    with torch.autocast("cpu", enabled=False):
+        result: Tensor = _Normalised.apply(x, weight, scale, shift, stride, eps, frames, dtype)  # type: ignore[no-untyped-call]
     return result
 
 
 def gelu_convolution(x: Tensor, weight: Tensor, *, stride: int) -> Tensor:
-    """Convolve `gelu(x)` for `x` `(B, T, C)` with `(C', C, K)` without padding; return `(B, T', C')`."""
-    result: Tensor = _GeluConvolution.apply(x, weight, stride)  # type: ignore[no-untyped-call]
+    """Convolve `gelu(x)` for `x` `(B, T, C)` with `(C', C, K)` without padding; return `(B, T', C')` of x's type."""
+    with torch.autocast("cpu", enabled=False):
+        result: Tensor = _GeluConvolution.apply(x, weight, stride)  # type: ignore[no-untyped-call]
     return result
+
+
+def _products() -> torch.dtype:
+    """Return the type that products are of here."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
 def _fold(covariance: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -103,21 +111,23 @@ class _Normalised(torch.autograd.Function):
         stride: int,
         eps: float,
         frames: Sequence[int] | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         rows, ctx.covariance = _centred(x.unfold(1, weight.shape[2], stride), frames)
         ctx.eps = eps
+        rows = rows.to(dtype)
         ctx.save_for_backward(rows, weight, scale, shift)
-        return torch.bmm(rows, _fold(ctx.covariance, weight, scale, shift, eps))
+        return torch.bmm(rows, _fold(ctx.covariance, weight, scale, shift, eps).to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, *parameters = ctx.saved_tensors
-        folded = torch.stack([row.T @ grad for row, grad in zip(rows, grads[0], strict=True)])
+        folded = torch.stack([row.T @ grad for row, grad in zip(rows, grads[0], strict=True)]).float()
         leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         with torch.enable_grad():
             own = torch.autograd.grad(_fold(ctx.covariance, leaves[0], leaves[1], leaves[2], ctx.eps), leaves, folded)
-        return None, *own, None, None, None
+        return None, *own, None, None, None, None
 
 
 class _GeluConvolution(torch.autograd.Function):
@@ -128,7 +138,7 @@ class _GeluConvolution(torch.autograd.Function):
         ctx.stride = stride
         time = (x.shape[1] - weight.shape[2]) // stride + 1
         y = x.new_empty(len(x), time, len(weight))
-        parts = list(_parts(weight, stride))
+        parts = list(_parts(weight.to(x.dtype), stride))
         for row, out in zip(x, y, strict=True):
             active = functional.gelu(row)
             for first, taps, kernel in parts:
@@ -142,15 +152,21 @@ class _GeluConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, grad = ctx.stride, grads[0].contiguous()
         grad_x = torch.empty_like(x)
-        parts = list(_parts(weight, stride))
-        sums = [torch.zeros_like(kernel) for _, _, kernel in parts]
+        parts = list(_parts(weight.to(x.dtype), stride))
+        sums = [torch.zeros_like(kernel, dtype=weight.dtype) for _, _, kernel in parts]
         for row, above, out in zip(x, grad, grad_x, strict=True):
-            active, below = functional.gelu(row), torch.zeros_like(row)
+            active, below = functional.gelu(row), torch.empty_like(row)
+            reached = len(above) * stride if weight.shape[2] >= stride else 0  # what the first taps give a value
+            below[reached:] = 0.0
             for (first, taps, kernel), total in zip(parts, sums, strict=True):
                 # torch's counter of operations knows `addmm` and not `addmm_`
-                torch.addmm(total, _windows(active, first, taps, stride, len(above)).T, above, out=total)
+                windows = _windows(active, first, taps, stride, len(above)).T
+                if x.dtype is weight.dtype:
+                    torch.addmm(total, windows, above, out=total)
+                else:
+                    total += windows @ above
                 into = _windows(below, first, taps, stride, len(above))
-                torch.addmm(into, above, kernel.T, out=into)
+                torch.addmm(into, above, kernel.T, beta=0 if first == 0 and reached else 1, out=into)
             torch.ops.aten.gelu_backward.grad_input(below, row, approximate="none", grad_input=out)
         channels = weight.shape[1]
         taps_first = torch.cat([total.view(-1, channels, len(weight)) for total in sums])
