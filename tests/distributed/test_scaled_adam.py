@@ -54,7 +54,8 @@ def test_two_processes_take_the_steps_of_one_and_go_on_from_a_checkpoint(corpus,
             assert float(alone.norm() / value.norm()) == pytest.approx(1.0, abs=0.05)
             assert float(torch.cosine_similarity(alone.flatten(), value.flatten(), dim=0)) > 1 - 1e-5
         else:
-            assert torch.allclose(alone, value, rtol=1e-3, atol=1e-5), name
+            # sums of other orders, of which ScaledAdam makes larger steps than AdamW: weights here are 0.01 to 0.1
+            assert torch.allclose(alone, value, rtol=1e-3, atol=1e-4), name
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401  imported before the processes are forked
-import torch._dynamo  # noqa: F401  so is this, which torch's optimisers import
+import torch
+import torch._dynamo  # so is this, which torch's optimisers import
 
 from harken.config.load import load
 from harken.config.schema import RunConfig
@@ -69,6 +70,8 @@ def run_group(processes: int, jobs: list[Sequence[Any]], work: Callable[..., Non
                 os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1")
             for job in jobs:
                 work(*job)
+            if torch.distributed.is_initialized():  # its threads may end the process by abort() while Python ends
+                torch.distributed.destroy_process_group()
             sys.exit(0)
         children.append(child)
     statuses = [os.waitpid(child, 0)[1] for child in children]

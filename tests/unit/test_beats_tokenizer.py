@@ -212,12 +212,12 @@ def test_a_teacher_of_other_frames_is_refused(corpus, teacher, tmp_path) -> None
 
 @pytest.fixture(scope="module")
 def trained(corpus, teacher, tmp_path_factory) -> Path:
-    """A tokenizer of four steps, and the same with an interruption."""
+    """A tokenizer of three small steps, in which its codes stay apart, and the same with an interruption."""
     root = tmp_path_factory.mktemp("tokenizer")
     config = corpus.yaml(root, "hubert", "filterbank")
     for name, steps in (("exp", (3,)), ("parts", (1, 3))):
         for count in steps:
-            overrides = [*settings(teacher), f"train.steps={count}", "log.every_steps=1"]
+            overrides = [*settings(teacher), f"train.steps={count}", "log.every_steps=1", "schedule.rate=1e-5"]
             assert main(["train", str(config), "--exp", str(root / name), *overrides]) == 0
     return root
 

@@ -115,7 +115,7 @@ def test_utterances_are_told_apart_by_training(corpus, batch) -> None:
     """The term falls below what a constant answer can reach: the entropy of the share of positives."""
     model, prepare = make(corpus, "objective.instances=40", "objective.contrast_weight=10")
     optimizer = torch.optim.Adam(model.train().parameters(), 3e-3)
-    for step in range(160):
+    for step in range(320):
         begin_micro_batch(1, step, 0)
         optimizer.zero_grad()
         ready = drawn(prepare, batch, step)
