@@ -249,12 +249,12 @@ def costs(group: list[Row]) -> list[str]:
 
 def beam_figures(group: list[Row], others: list[Row]) -> list[str]:
     """Return the cells of a search with an n-gram, over the rows that have been searched."""
-    searched, others = ([row for row in some if "beam" in row] for some in (group, others))
-    if not searched:
+    group, others = ([row for row in some if "beam" in row] for some in (group, others))
+    if not group:
         return [""] * len(BEAM_HEADS)
     parts = (("test", "cer"), ("test", "wer"), ("test-unseen", "cer"))
-    found = [figure(rates(searched, part, kind, "beam")) for part, kind in parts]
-    return [*found, gains(searched, others, "beam")]
+    found = [figure(rates(group, part, kind, "beam")) for part, kind in parts]
+    return [*found, gains(group, others, "beam")]
 
 
 def rates(group: list[Row], part: str, kind: str, search: str = "scores") -> list[float]:

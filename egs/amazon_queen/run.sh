@@ -90,12 +90,12 @@ train_stage 8 finetune "$data/$labelled.jsonl $exp/pretrain2/checkpoints/" "$exp
 
 # Best path, then prefix beam with a character n-gram of the training transcripts.
 decode_and_score() { # MODEL OUT LABELLED
-  local model="$1" out="$2" labelled="$3" split
+  local model="$1" out="$2" labelled="$3" search split
   anew "$out"/{greedy,beam}/*.pieces
   harken ngram "$data/$labelled.jsonl" --tokens "$data/tokens.txt" --order 6 --out "$out/characters.arpa"
   harken_in_pieces decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/greedy"
-  harken_in_pieces decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" \
-    --method prefix_beam --ngram "$out/characters.arpa" --ngram-weight 0.8 --insertion-bonus 1.5
+  search_options "$out/characters.arpa"
+  harken_in_pieces decode "$model" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out/beam" "${search[@]}"
   for split in greedy/test greedy/test-unseen beam/test beam/test-unseen; do
     harken score "$out/$split.jsonl" --out "$out/$split-score"
   done

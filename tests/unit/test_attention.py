@@ -26,7 +26,7 @@ def test_with_nothing_dropped_it_is_torchs(monkeypatch: pytest.MonkeyPatch, kind
     found = []
     for probability in (0.5, 0.0):
         calls: list[float] = []
-        monkeypatch.setattr(attention, "dropped_on_cpu", lambda x, p, calls=calls: calls.append(p) or x)
+        monkeypatch.setattr(attention, "dropped", lambda x, p, calls=calls: calls.append(p) or x)
         module.dropout = probability
         x, attend = inputs(kind)
         module.zero_grad()

@@ -28,7 +28,7 @@ from harken.core import draws
 from harken.core.files import write_json_atomic
 from harken.encoders.backbone import build_backbone
 from harken.frontends import waveform
-from harken.nn import dropout, positions
+from harken.nn import attention, dropout, positions
 from harken.optim.groups import parameter_groups
 
 
@@ -38,6 +38,10 @@ def _plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *, paddin
 
 def _plain_dropout(own: nn.Dropout, x: Tensor) -> Tensor:
     return functional.dropout(x, own.p, own.training)
+
+
+def _torchs_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, probability: float) -> Tensor:
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=probability)
 
 
 @contextmanager
@@ -55,6 +59,7 @@ SWITCHES: dict[str, Switch] = {
     "frontend as matrix products": lambda _: mock.patch.object(waveform, "pays", return_value=False),
     "positions channels last": lambda _: mock.patch.object(positions, "convolve_over_time", _plain_convolution),
     "dropout of 16-bit draws": lambda _: mock.patch.object(dropout.Dropout, "forward", _plain_dropout),
+    "attention with own dropout": lambda _: mock.patch.object(attention, "attend_with_dropout", _torchs_attention),
     "fused AdamW": _unfused,
 }
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hubert_peers import CLIP_NORM, Harken, Options, PlainLoop, answer_for
+from hubert_peers import Harken, Options, PlainLoop, answer_for, configuration
 from hubert_step import aligned, machine
 from lockstep import Answer, Worker, WorkerError, serve
+from step_options import DEVICES, add_step_options, options_of, parse_steps
 from torch import Tensor, nn
 
 from harken.core.batch import Batch
@@ -37,18 +38,10 @@ def parse() -> argparse.Namespace:
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="plain is torch's DDP (default: all)"
     )
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of each (default: 1)")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="timed steps of each (default: 8)")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (default: 2)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads of a process (default: 2)")
-    parser.add_argument("--layers", type=int, default=12, metavar="N", help="of HuBERT Base (default: 12)")
-    parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of a waveform (default: 8)")
-    parser.add_argument("--batch", type=int, default=2, metavar="N", help="waveforms a process (default: 2)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    add_step_options(parser, steps=8)
     parser.add_argument("--worker", choices=STAGES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_steps(parser)
     if "plain" not in args.stages:
         parser.error("--stages must name plain, which the others are compared with")
     return args
@@ -59,15 +52,10 @@ class Objective(nn.Module):
 
     def __init__(self, options: Options) -> None:
         super().__init__()
-        from hubert_peers import CLASSES
-
-        from harken.config.load import load
         from harken.config.registry import build
         from harken.encoders.backbone import build_backbone
 
-        changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={options.layers}"]
-        changes += [f"encoder.layer_drop={options.layer_drop}", f"train.clip_norm={CLIP_NORM}"]
-        config = load(["hubert_base"], changes).config
+        config = configuration(options)
         self.objective = build("objective", config.objective, run=config, backbone=build_backbone(config))
 
     def forward(self, batch: Batch) -> Tensor:
@@ -95,9 +83,8 @@ class StagedHarken(Harken):
 
 def begin(args: argparse.Namespace) -> Answer:
     """Return what answers for one rank of one loop."""
-    names = ("layers", "seconds", "batch", "threads", "precision", "device")
-    own = {name: getattr(args, name) for name in names}
-    options = Options(attention="sdpa", layer_drop=0.0, seed=args.seed + int(os.environ["RANK"]), **own)
+    options = options_of(args)
+    options = replace(options, seed=options.seed + int(os.environ["RANK"]))
     if args.worker == "plain":
         return answer_for(PlainLoop(options, plain), options)
     return answer_for(StagedHarken(options, int(args.worker)), options)

@@ -90,7 +90,7 @@ def decoding(folder: Path) -> float:
 
 
 def loading(source: Path) -> float:
-    """Return the audio seconds that one CPU second makes into batches of a HuBERT-like run: read, masked, collated."""
+    """Return the audio seconds that one CPU second makes into batches of wav2vec 2.0: read, masked, collated."""
     import torch
 
     from harken.config.load import load

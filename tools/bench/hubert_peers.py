@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harken.config.schema import RunConfig
 from harken.core import draws
 from harken.core.batch import Batch
 from harken.core.frames import FrameSpec, Window
@@ -102,19 +103,25 @@ def digest(batch: Batch) -> str:
     return found.hexdigest()
 
 
+def configuration(options: Options) -> RunConfig:
+    """Return that of harken's HuBERT Base with the sizes of a benchmark."""
+    from harken.config.load import load
+
+    changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={options.layers}"]
+    changes += [f"encoder.layer_drop={options.layer_drop}", f"train.clip_norm={CLIP_NORM}"]
+    changes += [f"engine.precision={options.precision}", f"engine.threads={options.threads}"]
+    return load(["hubert_base"], changes).config
+
+
 class Harken:
     """harken as it trains: its objective, its DeepSpeed engine, its AdamW."""
 
     def __init__(self, options: Options) -> None:
-        from harken.config.load import load
         from harken.engine.deepspeed import DeepSpeedEngine, start_processes
         from harken.interop import hugging_face  # noqa: F401  imported before memory is first read
 
         self.options = options
-        changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={options.layers}"]
-        changes += [f"encoder.layer_drop={options.layer_drop}", f"train.clip_norm={CLIP_NORM}"]
-        changes += [f"engine.precision={options.precision}", f"engine.threads={options.threads}"]
-        self.config = load(["hubert_base"], changes).config
+        self.config = configuration(options)
         start_processes(self.config.engine)
         # DeepSpeed imports much of itself and of torch when it is first used: that is no memory of the model's
         DeepSpeedEngine(nn.Linear(1, 1), self._optimizer, self.config.engine, self.config.train)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from lockstep import Worker, WorkerError
+from step_options import add_step_options, parse_steps
 
 from harken.core.errors import HarkenError
 from harken.core.files import write_json_atomic
@@ -43,13 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "         python tools/bench/hubert_step.py --layers 2 --seconds 2 --steps 3  # a quick look",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of each (default: 10)")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (default: 2)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads of each (default: 2)")
-    parser.add_argument("--layers", type=int, default=12, metavar="N", help="Transformer blocks (default: 12)")
-    parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of a waveform (default: 8)")
-    parser.add_argument("--batch", type=int, default=2, metavar="N", help="waveforms a step (default: 2)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast in both")
+    add_step_options(parser, steps=10)
     parser.add_argument(
         "--attention", choices=("sdpa", "eager"), default="sdpa", help="of Hugging Face (default: sdpa)"
     )
@@ -60,18 +55,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="P",
         help="HuBERT has 0.05; the default is 0, for the two would skip different layers and so do different work",
     )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, help="largest difference of hidden states (default: 1e-3)"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
-    args = parser.parse_args(arguments)
-    for name in ("steps", "threads", "layers", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.seconds < 0.1 or args.warmup < 0:
-        parser.error(f"--seconds must be at least 0.1 and --warmup 0, got {args.seconds} and {args.warmup}")
-    return args
+    return parse_steps(parser, arguments)
 
 
 def compare(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], tolerance: float) -> float:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hubert_peers import Options
+from hubert_peers import Options, configuration
 from hubert_step import GIB, aligned, machine, take_steps
 from lockstep import Worker, WorkerError
+from step_options import DEVICES, add_step_options, options_of, parse_steps
 
 from harken.core.files import write_json_atomic
 
@@ -43,19 +44,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--peers", nargs="+", choices=PACKAGES, default=list(PACKAGES), help="default: all")
     parser.add_argument("--compiled", action="store_true", help="each also with torch.compile")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast in all")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of each (default: 5)")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (default: 2)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads of each (default: 2)")
-    parser.add_argument("--layers", type=int, default=12, metavar="N", help="Transformer blocks (default: 12)")
-    parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of a waveform (default: 8)")
-    parser.add_argument("--batch", type=int, default=2, metavar="N", help="waveforms a step (default: 2)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
-    args = parser.parse_args(arguments)
-    if min(args.steps, args.threads, args.layers, args.batch) < 1 or args.warmup < 0 or args.seconds < 0.1:
-        parser.error("--steps, --threads, --layers and --batch must be at least 1, --warmup 0, --seconds 0.1")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    add_step_options(parser, steps=5)
+    args = parse_steps(parser, arguments)
     if "harken" not in args.peers:
         parser.error("--peers must name harken, which the others are compared with")
     return args
@@ -63,15 +54,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def step_flops(options: Options) -> float:
     """Return the floating-point operations of a step, forward and backward, as `mfu_percent` of a run counts them."""
-    from harken.config.load import load
     from harken.encoders.backbone import build_backbone
 
     with torch.device("meta"):
-        backbone = build_backbone(
-            load(
-                ["hubert_base"], ["data.train=none", "objective.classes=[504]", f"encoder.layers={options.layers}"]
-            ).config
-        )
+        backbone = build_backbone(configuration(options))
     samples = round(options.seconds * 16000)
     frames = int(backbone.spec.num_frames(samples))
     return 3.0 * options.batch * (backbone.frontend.flops(samples) + backbone.encoder.flops(frames))
@@ -101,14 +87,6 @@ def start(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Worker], di
             print(f"{name}: {count / 1e6:.2f}M parameters", file=sys.stderr, flush=True)
             workers[name] = worker
     return workers, left_out
-
-
-def options_of(args: argparse.Namespace, *, compiled: bool) -> Options:
-    """Return what the models of a run share. LayerDrop is 0, so that all do the same work."""
-    own = {
-        name: getattr(args, name) for name in ("layers", "seconds", "batch", "threads", "precision", "seed", "device")
-    }
-    return Options(attention="sdpa", layer_drop=0.0, compiled=compiled, **own)
 
 
 def summarise(
@@ -151,7 +129,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     about = machine(packages=())
     torch.set_num_threads(args.threads)
     peak = peak_tflops(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    flops = step_flops(options_of(args, compiled=False))
+    flops = step_flops(options_of(args))
     with tempfile.TemporaryDirectory(prefix="train-step-") as name:
         workers, left_out = start(args, Path(name))
         try:

@@ -28,3 +28,9 @@ clusters_of() { # LABELS
   if [ ! -f "$1/card.json" ]; then die "$1 holds no units: run run.sh --exp $exp --stop-stage 4 first"; fi
   "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["clusters"])' "$1/card.json"
 }
+
+# Sets `search`: how a recogniser is searched with a character n-gram. Weight and bonus were chosen on dev (docs/LOG.md).
+search_options() { # NGRAM
+  # shellcheck disable=SC2034  # the caller's
+  search=(--method prefix_beam --ngram "$1" --ngram-weight 0.8 --insertion-bonus 1.5)
+}

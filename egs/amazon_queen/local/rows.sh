@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154  # the script that sources it sets compared, data, exp, root, force, jobs
 # Trainings of a comparison side by side, each on one thread, and its rows: fine-tunings on fixed amounts of labels with
-# one budget, each decoded and scored. Source it after training.sh. For rows the script defines, for the name of a start,
+# one budget, each decoded and scored. Source it after training.sh and hubert.sh. For rows the script defines, for the name of a start,
 #   start_model START           prints the folder of the pretrained model, nothing for none
 #   start_commands START        prints what made that model, a command a line
 #   start_configuration START   prints what a row from it adds to the configuration, an argument a line
@@ -67,7 +67,7 @@ open_training() { # NAME FOLDER MADE_OF DONE
 
 # Trains, decodes and scores one row unless that is done. Its output is the row's log, where 3 is that of the stage.
 row() { # MINUTES START SEED CONFIGURATION...
-  local minutes="$1" start="$2" seed="$3" name="$1-$2-$3" out="$compared/rows/$1-$2-$3" model made split
+  local minutes="$1" start="$2" seed="$3" name="$1-$2-$3" out="$compared/rows/$1-$2-$3" model made
   local configuration own
   shift 3
   model="$(start_model "$start")"
@@ -84,11 +84,7 @@ row() { # MINUTES START SEED CONFIGURATION...
   start_commands "$start" > "$out/pretraining-commands"
   "$python" "$root/tools/results_table.py" begin "$out" --jobs "$jobs"
   train_model "$out" "${configuration[@]}"
-  harken decode "$out" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$out"
-  for split in test test-unseen; do
-    harken score "$out/$split.jsonl" --out "$out/$split-score"
-  done
-  "$python" "$root/tools/results_table.py" finish "$out"
+  transcribe "$out" "$out"
   says "$name: done"
 }
 
@@ -151,21 +147,25 @@ search_rows() {
 }
 
 search_row() { # FOLDER
-  local split made options=(--method prefix_beam --ngram "$compared/characters.arpa" --ngram-weight 0.8 --insertion-bonus 1.5)
-  made="${options[*]} $(sha256sum < "$compared/characters.arpa")" # a row that is redone has a new folder
-  if [ "$force" != 1 ] && [ "$(cat "$1/beam/made-of" 2>/dev/null)" = "$made" ]; then
-    says "$(basename "$1"): searched before"
-    return
-  fi
+  local name out="$1/beam" search
+  name="$(basename "$1")-search"
+  search_options "$compared/characters.arpa"
+  open_training "$name" "$out" "options ${search[*]}"$'\n'"ngram $(sha256sum < "$compared/characters.arpa")" done || return 0
   stage_commands="$1/search-commands"
   : > "$stage_commands"
-  harken decode "$1" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$1/beam" "${options[@]}"
+  transcribe "$1" "$out" "${search[@]}"
+  touch "$out/done"
+  says "$name: done"
+}
+
+# Decodes the test sets with a row's model, scores them, and puts the rates into the row's result.
+transcribe() { # FOLDER OUT OPTION...
+  local split
+  harken decode "$1" "$data/test.jsonl" "$data/test-unseen.jsonl" --out "$2" "${@:3}"
   for split in test test-unseen; do
-    harken score "$1/beam/$split.jsonl" --out "$1/beam/$split-score"
+    harken score "$2/$split.jsonl" --out "$2/$split-score"
   done
   "$python" "$root/tools/results_table.py" finish "$1"
-  printf '%s\n' "$made" > "$1/beam/made-of"
-  says "$(basename "$1"): searched"
 }
 
 # Every start of every row, `jobs` at a time, those of the first seed first so that a table can be made early.

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 Samples = NDArray[np.float32]
-NO_FILE = "no file"
 
 
 class UnreadableAudioError(Exception):
@@ -29,18 +28,18 @@ def read_cut(cut: Cut, sample_rate: int) -> Samples:
     Raises UnreadableAudioError, naming the cut and its file.
     """
     _prepare_lhotse()
+    file = _file(cut)
+    named = f"cut `{cut.id}` ({file or 'no file'})"
     try:
-        with progress.reading(f"{_source(cut)} (cut `{cut.id}`)"):
+        with progress.reading(f"{file or 'no file'} (cut `{cut.id}`)"):
             audio = cut.load_audio()
     except Exception as error:  # every backend of Lhotse raises its own kinds; all mean the same here
-        raise UnreadableAudioError(
-            f"cut `{cut.id}` ({_source(cut)}) cannot be read: {reason(error, _file(cut))}"
-        ) from error
+        raise UnreadableAudioError(f"{named} cannot be read: {reason(error, Path(file) if file else None)}") from error
     if audio is None or audio.size == 0:
-        raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) holds no samples")
+        raise UnreadableAudioError(f"{named} holds no samples")
     samples: Samples = audio[0] if len(audio) == 1 else audio.mean(axis=0, dtype=np.float32)
     if not np.isfinite(samples).all():
-        raise UnreadableAudioError(f"cut `{cut.id}` ({_source(cut)}) holds samples that are not finite")
+        raise UnreadableAudioError(f"{named} holds samples that are not finite")
     return resample(samples, cut.sampling_rate, sample_rate)
 
 
@@ -75,11 +74,6 @@ def _prepare_lhotse() -> None:
     use_soundfile_first()
 
 
-def _file(cut: Cut) -> Path | None:
-    source = _source(cut)
-    return Path(source) if source != NO_FILE else None
-
-
-def _source(cut: Cut) -> str:
+def _file(cut: Cut) -> str | None:
     sources = getattr(getattr(cut, "recording", None), "sources", None)
-    return str(sources[0].source) if sources and sources[0].type == "file" else NO_FILE
+    return str(sources[0].source) if sources and sources[0].type == "file" else None

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harken.core.errors import HarkenError
-from harken.nn.dropout import dropped_on_cpu
+from harken.nn.dropout import dropped
 
 # frames below which the plain product beats torch's fused CPU kernel in bf16, whose backward pass is slow: docs/LOG.md
 _SHORT = 256
@@ -23,13 +23,16 @@ def _kernel(q: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _dropped(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
-    """Attend with dropout of the weights, for which torch has no fused kernel on a CPU, and which it draws slowly."""
+def attend_with_dropout(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
+    """Return `(B, H, T, D / H)`, what queries find among keys with dropout of the weights.
+
+    For CPUs, where torch has no fused kernel for it and draws slowly. attend: as in `SelfAttention.forward`.
+    """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if attend is not None:
         lowest = torch.finfo(scores.dtype).min  # not -inf: where nothing may be attended to, softmax gives no NaN
         scores = scores + attend if attend.is_floating_point() else scores.masked_fill(~attend, lowest)
-    return dropped_on_cpu(scores.softmax(-1).to(v.dtype), dropout) @ v
+    return dropped(scores.softmax(-1).to(v.dtype), dropout) @ v
 
 
 class SelfAttention(nn.Module):
@@ -68,7 +71,7 @@ class SelfAttention(nn.Module):
         if attend is not None and attend.is_floating_point():
             attend = attend.to(q.dtype)  # the kernels take what is added in the type of what it is added to
         if dropout and q.device.type == "cpu" and not torch.compiler.is_compiling():
-            y = _dropped(q, k, v, attend, dropout)
+            y = attend_with_dropout(q, k, v, attend, dropout)
         else:
             with _kernel(q):
                 y = functional.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)

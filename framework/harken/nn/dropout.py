@@ -27,24 +27,22 @@ class _DropOnCpu(torch.autograd.Function):
         return (grads[0] * ctx.keep).mul_(ctx.scale), None
 
 
-def dropped_on_cpu(x: Tensor, probability: float) -> Tensor:
-    """Return `x` with elements zeroed with a probability, rounded to 1/65536 and below 1, and the others scaled."""
-    result: Tensor = _DropOnCpu.apply(x, round(probability * _LEVELS))  # type: ignore[no-untyped-call]
-    return result
-
-
-class Dropout(nn.Dropout):
-    """Zeroes elements with probability `p` and scales the others by 1 / (1 - p) in training.
+def dropped(x: Tensor, probability: float) -> Tensor:
+    """Return `x` of any shape with elements zeroed with a probability, and the others scaled by 1 / (1 - p).
 
     On a CPU one 64-bit draw of torch's generator serves four elements, a fifth of the time of torch's own, and `p` is
     rounded to 1/65536. Elsewhere it is torch's. Source: Srivastava et al. 2014.
     """
+    levels = round(probability * _LEVELS)
+    if x.device.type != "cpu" or levels == _LEVELS:
+        return functional.dropout(x, probability, training=True)
+    result: Tensor = _DropOnCpu.apply(x, levels)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Dropout(nn.Dropout):
+    """`dropped` with probability `p` in training."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a tensor of any shape to one of the same shape."""
-        if not self.training or self.p == 0.0:
-            return x
-        dropped = round(self.p * _LEVELS)
-        if x.device.type != "cpu" or dropped == _LEVELS:
-            return functional.dropout(x, self.p, training=True)
-        return dropped_on_cpu(x, self.p)
+        return dropped(x, self.p) if self.training and self.p else x

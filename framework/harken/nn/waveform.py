@@ -24,9 +24,8 @@ _ENOUGH = 400
 def pays(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Say whether to use these functions for waveforms: long, fp32, on a CPU, with a gradient of the weights alone.
 
-    Autocast may make the products bf16.
-
     Elsewhere torch's kernels are as fast, or not measured; without a gradient the plain layers can be exported.
+    Autocast to bf16 is for the products alone.
     """
     if not torch.is_grad_enabled() or x.requires_grad or torch.compiler.is_compiling():
         return False
@@ -133,6 +132,7 @@ class _Normalised(torch.autograd.Function):
 class _GeluConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        """Return `(B, T', C')`; see `gelu_convolution`. Kernels are cast to the type of `x`, which is kept."""
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
@@ -149,6 +149,7 @@ class _GeluConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of `x` and of the kernels, each of its own type."""
         x, weight = ctx.saved_tensors
         stride, grad = ctx.stride, grads[0].contiguous()
         grad_x = torch.empty_like(x)
@@ -159,13 +160,9 @@ class _GeluConvolution(torch.autograd.Function):
             reached = len(above) * stride if weight.shape[2] >= stride else 0  # what the first taps give a value
             below[reached:] = 0.0
             for (first, taps, kernel), total in zip(parts, sums, strict=True):
-                # torch's counter of operations knows `addmm` and not `addmm_`
-                windows = _windows(active, first, taps, stride, len(above)).T
-                if x.dtype is weight.dtype:
-                    torch.addmm(total, windows, above, out=total)
-                else:
-                    total += windows @ above
+                total += _windows(active, first, taps, stride, len(above)).T @ above
                 into = _windows(below, first, taps, stride, len(above))
+                # torch's counter of operations knows `addmm` and not `addmm_`
                 torch.addmm(into, above, kernel.T, beta=0 if first == 0 and reached else 1, out=into)
             torch.ops.aten.gelu_backward.grad_input(below, row, approximate="none", grad_input=out)
         channels = weight.shape[1]

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from harken.config.schema import DataConfig
+from harken.core import distributed
 from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_folder, check_replaceable, sha256_file
@@ -33,7 +34,7 @@ class Clusterer:
 
     def __call__(self, frames: Frames) -> NDArray[np.int64]:
         """Return the unit of each frame `(T, D)`; found on the GPU where there is one."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = distributed.device()
         rows = torch.from_numpy(np.ascontiguousarray(frames)).to(device)
         labels: NDArray[np.int64] = assign(rows, torch.from_numpy(self.centroids).to(device))[0].cpu().numpy()
         return labels

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from harken.config.saved import find_model, weights_digest
+from harken.core import distributed
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
@@ -108,7 +108,7 @@ class Hidden:
         self.backbone, self.config = load_backbone(model)
         if not 0 <= layer <= self.backbone.encoder.num_layers:
             raise HarkenError(f"`--layer` must lie in 0..{self.backbone.encoder.num_layers} for {model}, got {layer}")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = distributed.device()
         self.backbone.to(self.device)
         self.spec, self.rows = self.backbone.spec, 1  # all patches of a time are clustered as one
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from harken.config.saved import find_model, weights_digest
+from harken.core import distributed
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_path, check_replaceable, remove, write_json_atomic
 from harken.core.pieces import Piece, Pieces
@@ -88,7 +89,7 @@ def _opened(manifest: str, model: str) -> tuple[Manifest, Backbone]:
     """Open what a process works on, once. On one thread: the processes share the cores, and no bit depends on them."""
     torch.set_num_threads(1)
     backbone, _ = load_backbone(model)
-    return Manifest(manifest), backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    return Manifest(manifest), backbone.to(distributed.device())
 
 
 def extract(work: Extraction, jobs: int, say: Callable[[str], None], piece: Piece | None = None) -> None:

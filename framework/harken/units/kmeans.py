@@ -48,12 +48,10 @@ class KMeansConfig:
 
 def assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest centroid of each frame `(N,)` and its squared distance `(N,)`; the lowest index wins a tie."""
-    if not len(frames):
-        return torch.zeros(0, dtype=torch.long, device=frames.device), torch.zeros(0, device=frames.device)
-    columns, bias = centroids.T.contiguous(), -0.5 * centroids.square().sum(1)
+    bias = -0.5 * centroids.square().sum(1)
     labels, best = [], []
     for some in frames.split(_GPU_ROWS if frames.is_cuda else _CPU_ROWS):
-        scores = torch.addmm(bias, some, columns)
+        scores = torch.addmm(bias, some, centroids.T)
         labels.append(scores.argmax(1))  # without the values, which `max` takes twice the time for on a CPU
         best.append(scores.gather(1, labels[-1][:, None])[:, 0])
     return torch.cat(labels), (frames.square().sum(1) - 2 * torch.cat(best)).clamp(min=0)
@@ -70,7 +68,7 @@ def fit(frames: NDArray[np.float32], config: KMeansConfig, say: Say = print) -> 
     rng = np.random.default_rng(config.seed)
     data = _on_device(torch.from_numpy(frames))
     chosen = torch.from_numpy(rng.permutation(len(frames))[: max(config.start_frames, config.clusters)])
-    start = data[chosen.to(data.device)]
+    start = data[chosen]
     centroids = plus_plus(start, config.clusters, rng)
     say(f"k-means++ start: mean squared distance {float(assign(start, centroids)[1].mean()):.4f}")
     centroids = _mini_batches(data, centroids, config, rng)
@@ -87,7 +85,7 @@ def fit(frames: NDArray[np.float32], config: KMeansConfig, say: Say = print) -> 
         centroids[filled] = (sums[filled] / counts[filled, None]).float()
         if not filled.all():  # an empty cluster takes a random frame
             drawn = torch.from_numpy(rng.integers(len(frames), size=int((~filled).sum())))
-            centroids[~filled] = data[drawn.to(data.device)]
+            centroids[~filled] = data[drawn]
     return centroids.cpu().numpy(), inertia
 
 
@@ -151,7 +149,7 @@ def _mini_batches(data: Tensor, centroids: Tensor, config: KMeansConfig, rng: np
     """Move centroids by batches, each with the running mean of what it was given. Source: Sculley 2010."""
     seen = torch.zeros(len(centroids), dtype=torch.float64, device=data.device)
     for _ in range(config.epochs):
-        order = torch.from_numpy(rng.permutation(len(data))).to(data.device)
+        order = torch.from_numpy(rng.permutation(len(data)))
         for batch in order.split(config.batch_frames):
             frames = data[batch]
             sums, counts = _sums(frames, assign(frames, centroids)[0], len(centroids))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from harken.config.saved import find_model, load_into, load_weights, weights_digest
+from harken.core import distributed
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.encoders.saved import load_backbone
@@ -35,7 +36,7 @@ class Tokenizer:
         self.spec, self.rows = self.backbone.spec, self.backbone.encoder.rows
         self.codebook = EmaCodebook(self.backbone.dim // self.rows, code_dim, codes, decay=1.0, seed=0)
         load_into(self.codebook, weights, folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = distributed.device()
         self.backbone.to(self.device)
         self.codebook.to(self.device)
 
