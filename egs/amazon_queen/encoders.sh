@@ -61,7 +61,7 @@ data="$recipe/data"
 units1="$exp/units1/labels" compared="$exp/encoders"
 clusters1="$(clusters_of "$units1")"
 
-# the Transformer pretrains without dropout, as the default model does; the Zipformer has its own schedule
+# neither has dropout in pretraining, as the default model has none
 encoder_stage() { # NUMBER NAME OVERRIDE...
   local number="$1" name="$2"
   shift 2
@@ -71,7 +71,7 @@ encoder_stage() { # NUMBER NAME OVERRIDE...
     "train.steps=$steps" "$@"
 }
 encoder_stage 1 transformer encoder.dropout=0
-encoder_stage 2 zipformer
+encoder_stage 2 zipformer encoder.dropout=0 encoder.start_dropout=0 encoder.position_dropout=0
 
 start_model() { # START
   echo "$compared/${1%%_*}"
