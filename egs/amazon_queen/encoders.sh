@@ -86,8 +86,11 @@ start_configuration() { # START
   if [[ "$1" == *_transducer ]]; then echo "$recipe/conf/transducer.yaml"; fi
   if [ -n "$conf" ]; then echo "$conf"; fi
   printf '%s\n' encoder.dropout=0.2 objective.mask_probability=0.3
-  # an encoder whose schedules have run in pretraining does not begin them again
-  if [[ "$1" == zipformer_* ]]; then echo encoder.schedule_start=100000; fi
+  # rates that 700 steps of CTC from the pretrained models chose; schedules that have run do not begin again
+  case "$1" in
+    transformer_*) echo schedule.peak=4e-4 ;;
+    zipformer_*) printf '%s\n' schedule.peak=0.03 encoder.schedule_start=100000 ;;
+  esac
 }
 
 stage 3 rows "$compared/" "$compared/rows/" rows "$minutes" "$minutes" "$seeds" "$starts" \
