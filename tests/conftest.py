@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
+from torch import bool as bool_type
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -166,3 +173,64 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     job = Job(root / "labels", (str(train), str(valid)), str(root / "clusterer"), features, RATE, 60.0)
     label(job, 1, lambda _: None)
     return Corpus(root, train, valid, root / "tokens.txt", root / "clusterer", root / "labels")
+
+
+FRAMEWORK = str(Path(__file__).parents[1] / "framework" / "harken")
+ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "repeat_interleave")
+"""Operators that wait for their tensor's values."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the host asks for a value that was computed from what is on the device.
+
+    There need be no GPU for it: `begin` says what would be on one, and what is computed from that would be, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_device: dict[int, Tensor] = {}  # kept alive, so that no other tensor comes to lie in their place
+        self.found: Counter[str] = Counter()
+
+    def begin(self, tensors: Iterable[Tensor]) -> None:
+        """Take these for tensors on the device."""
+        self.on_device.update((self._place(tensor), tensor) for tensor in tensors)
+
+    def ask(self, tensor: Tensor, how: str) -> None:
+        """Count a question, by the line of harken's that asks."""
+        if self._place(tensor) in self.on_device:
+            lines = [frame for frame in traceback.extract_stack() if frame.filename.startswith(FRAMEWORK)]
+            where = f"{Path(lines[-1].filename).name}: {lines[-1].line}" if lines else "none of harken's lines"
+            self.found[f"{how} in {where}"] += 1
+
+    @staticmethod
+    def _place(tensor: Tensor) -> int:
+        return int(tensor.untyped_storage()._cdata)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [value for value in pytree.tree_leaves((args, kwargs or {})) if isinstance(value, Tensor)]
+        name = func.overloadpacket.__name__
+        if name in ASKING:
+            self.ask(given[0], name)
+        if name.startswith(("index", "_unsafe_index")):
+            for index in given[1:]:
+                if index.dtype is bool_type:
+                    self.ask(index, "a mask as an index")
+        result = func(*args, **(kwargs or {}))
+        if any(self._place(value) in self.on_device for value in given):
+            self.begin(made for made in pytree.tree_leaves(result) if isinstance(made, Tensor))
+        return result
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    """Count the questions that are asked within it."""
+    watch = Waits()
+    for name in ("tolist", "numpy", "cpu"):  # these ask without a call that is dispatched
+        plain = getattr(Tensor, name)
+
+        def asked(self: Tensor, *args: Any, plain: Callable[..., Any] = plain, name: str = name) -> Any:
+            watch.ask(self, name)
+            return plain(self, *args)
+
+        monkeypatch.setattr(Tensor, name, asked)
+    return watch

@@ -419,6 +419,21 @@ def test_gradients_come_in_one_order_whatever_the_batch(combination, rows) -> No
         )
 
 
+def test_nothing_in_a_pass_waits_for_the_device(combination, rows, waits) -> None:
+    _, model, prepare = combination
+    model.train()
+    model.zero_grad()
+    begin_micro_batch(1, 0, 0)
+    batch = drawn(prepare, collate(rows))
+    targets = {name: value.clone() for name, value in batch.targets.items()}
+    batch = replace(batch, inputs=batch.inputs.clone(), targets=targets)
+    waits.begin([*model.parameters(), *model.buffers(), batch.inputs, *targets.values()])
+    with waits:
+        model(batch).total.backward()
+    model.zero_grad()
+    assert not waits.found
+
+
 def test_padding_does_not_change_an_utterances_loss(combination, rows) -> None:
     _, model, prepare = combination
     model.eval()

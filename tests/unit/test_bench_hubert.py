@@ -117,7 +117,7 @@ def test_speed_beside_harken_is_over_the_same_steps(monkeypatch) -> None:
         "fairseq": {"seconds": [2.0, 3.0, 4.0], "cpu_seconds": [3.0, 3.0, 9.0]},
     }
     memory = {"harken": {"after_imports": 1 << 30, "peak": 3 << 30}, "fairseq": {"after_imports": 0, "peak": 4 << 30}}
-    found = train_step.summarise(taken, memory, audio_seconds=16.0, share=0.5)
+    found = train_step.summarise(taken, memory, audio_seconds=16.0, shares={"harken": 1.0, "fairseq": 0.5})
     assert found["fairseq"] == {
         "audio_seconds_per_second": 16 / 3,
         "mfu_percent": 100 * 0.5 / 3,
@@ -137,7 +137,8 @@ def test_a_step_is_timed_beside_what_is_installed(monkeypatch, capsys) -> None:
 
     missing = train_step.PACKAGES | {"fairseq": "no_such_toolkit"}
     monkeypatch.setattr(train_step, "PACKAGES", missing)
-    assert train_step.main([*SMALL, "--peers", "harken", "hugging_face", "fairseq"]) == 0
+    assert train_step.main([*SMALL, "--peers", "harken", "harken_fasthubert", "hugging_face", "fairseq"]) == 0
     said = capsys.readouterr().out
+    assert "| harken_fasthubert |" in said
     assert "left out: fairseq: no_such_toolkit is not installed" in said
-    assert "| hugging_face |" in said
+    assert "| hugging_face " in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import time
@@ -319,3 +320,30 @@ def test_the_sampler_continues_from_its_state(corpus) -> None:
     restored.load_state_dict(state)
     assert batches_of(restored) == rest
     assert sum(map(len, rest)) == left
+
+
+def test_a_batch_travels_as_one_piece_of_memory_and_arrives_as_it_was() -> None:
+    batch = Batch(
+        ids=("a", "b"),
+        inputs=torch.randn(2, 7),
+        lengths=torch.tensor([7, 5]),
+        targets={
+            "mask": torch.tensor([[True, False, True]]),
+            "labels": torch.arange(3, dtype=torch.int32)[:, None],
+            "none": torch.zeros(0, 4, dtype=torch.int64),
+            "turned": torch.arange(6.0).view(2, 3).T,
+        },
+        starts=torch.tensor([0, 3]),
+        num_targets=2.5,
+    )
+    found = pickle.loads(pickle.dumps(batch))
+    assert found.ids == batch.ids
+    assert found.num_targets == 2.5
+    assert found.targets.keys() == batch.targets.keys()
+    for name in ("inputs", "lengths", "starts"):
+        assert torch.equal(getattr(found, name), getattr(batch, name)), name
+    for name, value in batch.targets.items():
+        assert torch.equal(found.targets[name], value), name
+        assert found.targets[name].dtype is value.dtype, name
+    tensors = [found.inputs, found.lengths, found.starts, *found.targets.values()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -103,25 +103,29 @@ def digest(batch: Batch) -> str:
     return found.hexdigest()
 
 
-def configuration(options: Options) -> RunConfig:
-    """Return that of harken's HuBERT Base with the sizes of a benchmark."""
+def configuration(options: Options, preset: str = "hubert_base") -> RunConfig:
+    """Return that of a preset of HuBERT Base's size with the sizes of a benchmark."""
     from harken.config.load import load
 
     changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={options.layers}"]
     changes += [f"encoder.layer_drop={options.layer_drop}", f"train.clip_norm={CLIP_NORM}"]
     changes += [f"engine.precision={options.precision}", f"engine.threads={options.threads}"]
-    return load(["hubert_base"], changes).config
+    if preset == "fasthubert_base":  # a middle layer and the last, as the preset has
+        changes += [f"objective.predict_layers={sorted({-(-options.layers // 3), options.layers})}"]
+    return load([preset], changes).config
 
 
 class Harken:
     """harken as it trains: its objective, its DeepSpeed engine, its AdamW."""
+
+    preset = "hubert_base"
 
     def __init__(self, options: Options) -> None:
         from harken.engine.deepspeed import DeepSpeedEngine, start_processes
         from harken.interop import hugging_face  # noqa: F401  imported before memory is first read
 
         self.options = options
-        self.config = configuration(options)
+        self.config = configuration(options, self.preset)
         start_processes(self.config.engine)
         # DeepSpeed imports much of itself and of torch when it is first used: that is no memory of the model's
         DeepSpeedEngine(nn.Linear(1, 1), self._optimizer, self.config.engine, self.config.train)
@@ -174,6 +178,26 @@ class Harken:
         seconds = clock(self.options.device) - started
         total, count = loss.metrics["loss"]
         return seconds, float(total / count)
+
+
+class FastHubert(Harken):
+    """harken's Fast-HuBERT: the same encoder behind a filterbank at half the frames, two layers predicted."""
+
+    preset = "fasthubert_base"
+
+    def step(self, batch: Batch, step: int) -> tuple[float, float]:
+        """Take a step on the same audio with masks and labels of its own frames; see `Peer`."""
+        own, frames = self.config.objective, int(self.model.backbone.spec.num_frames(batch.inputs.shape[1]))
+        rng = draws.Draws(self.options.seed, step).generator("fast")
+        span = SpanMask(probability=own.mask_probability, length=own.mask_length)
+        mask = np.stack([span.draw(frames, rng) for _ in batch.ids])
+        targets = {
+            "labels": torch.from_numpy(rng.integers(0, CLASSES, (len(batch.ids), frames, 1))),
+            "mask": torch.from_numpy(mask),
+            "masked": torch.from_numpy(np.flatnonzero(mask)),
+            "unmasked": torch.from_numpy(np.flatnonzero(~mask)),
+        }
+        return super().step(replace(batch, targets=targets, num_targets=float(mask.sum())), step)
 
 
 class Codes(nn.Module):
@@ -310,7 +334,11 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-PEERS: dict[str, Callable[[Options], Peer]] = {"harken": Harken, "hugging_face": HuggingFace}
+PEERS: dict[str, Callable[[Options], Peer]] = {
+    "harken": Harken,
+    "harken_fasthubert": FastHubert,
+    "hugging_face": HuggingFace,
+}
 
 
 def answer_for(peer: Peer, options: Options) -> Answer:

@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGES = {
     "hugging_face": "transformers",
     "harken": "harken",
+    "harken_fasthubert": "harken",
     "fairseq": "fairseq",
     "minimal_hubert": "minimal_hubert",
     "torchaudio": "torchaudio",
@@ -52,12 +53,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def step_flops(options: Options) -> float:
+def step_flops(options: Options, preset: str = "hubert_base") -> float:
     """Return the floating-point operations of a step, forward and backward, as `mfu_percent` of a run counts them."""
     from harken.encoders.backbone import build_backbone
 
     with torch.device("meta"):
-        backbone = build_backbone(configuration(options))
+        backbone = build_backbone(configuration(options, preset))
     samples = round(options.seconds * 16000)
     frames = int(backbone.spec.num_frames(samples))
     return 3.0 * options.batch * (backbone.frontend.flops(samples) + backbone.encoder.flops(frames))
@@ -90,12 +91,15 @@ def start(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Worker], di
 
 
 def summarise(
-    taken: dict[str, dict[str, list[float]]], memory: dict[str, dict[str, int]], audio_seconds: float, share: float
+    taken: dict[str, dict[str, list[float]]],
+    memory: dict[str, dict[str, int]],
+    audio_seconds: float,
+    shares: dict[str, float],
 ) -> dict[str, dict[str, float]]:
     """Return each one's figures, and how much faster and smaller than it harken's plain step is.
 
-    share: seconds that a step would take at the device's peak. Ratios of speed are medians over the same steps, by the
-    clock and by the processor's time of a step, which other programs of a busy machine disturb less.
+    shares: seconds that a step of each would take at the device's peak. Ratios of speed are medians over the same
+    steps, by the clock and by the processor's time of a step, which other programs of a busy machine disturb less.
     """
 
     def faster(values: dict[str, list[float]], kind: str) -> float:
@@ -105,7 +109,7 @@ def summarise(
     return {
         name: {
             "audio_seconds_per_second": audio_seconds / statistics.median(values["seconds"]),
-            "mfu_percent": 100 * share / statistics.median(values["seconds"]),
+            "mfu_percent": 100 * shares[name] / statistics.median(values["seconds"]),
             "peak_gib": used[name],
             "harken_is_faster": faster(values, "seconds"),
             "harken_is_faster_cpu": faster(values, "cpu_seconds"),
@@ -130,6 +134,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     peak = peak_tflops(torch.bfloat16 if args.precision == "bf16" else torch.float32)
     flops = step_flops(options_of(args))
+    fast = step_flops(options_of(args), "fasthubert_base")
     with tempfile.TemporaryDirectory(prefix="train-step-") as name:
         workers, left_out = start(args, Path(name))
         try:
@@ -141,7 +146,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for worker in workers.values():
                 worker.close()
     settings = {key: value for key, value in vars(args).items() if key != "json"}
-    summary = summarise(taken, memory, args.batch * args.seconds, flops / (peak * 1e12))
+    shares = {name: (fast if name.startswith("harken_fasthubert") else flops) / (peak * 1e12) for name in taken}
+    summary = summarise(taken, memory, args.batch * args.seconds, shares)
     return {"settings": settings, "machine": {**about, "peak_tflops": peak}, "step_flops": flops,
             "left_out": left_out, "steps": taken, "figures": summary}  # fmt: skip
 

@@ -237,6 +237,9 @@ class EngineConfig:
     activation_checkpointing: bool = False
     """Compute each encoder block again in the backward pass instead of keeping its activations: less memory, about a
     third more time. Source: arXiv 1604.06174; fairseq `checkpoint_activations`."""
+    compile: bool = False
+    """Compile the encoder's blocks (`torch.compile`), for sequences of every length; the first steps then take minutes.
+    The log counts the graphs made since its last line, which are 0 after warm-up. Not for ZeRO 3."""
     offload_optimizer: bool = False
     """Keep the optimiser's state in the host's memory. DeepSpeed `zero_optimization.offload_optimizer`."""
     threads: int = 0

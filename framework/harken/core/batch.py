@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from harken.core.packing import Packed, pack
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,24 @@ class Batch:
             inputs=self.inputs.pin_memory(),
             targets={name: value.pin_memory() for name, value in self.targets.items()},
         )
+
+    def __getstate__(self) -> tuple[Packed, dict[str, Any]]:
+        """Have a batch travel from a worker as one piece of memory."""
+        fields = dict(vars(self))
+        tensors = {name: fields.pop(name) for name in ("inputs", "lengths", "starts")}
+        targets = {f"targets.{name}": value for name, value in fields.pop("targets").items()}
+        return pack(tensors | targets), fields
+
+    def __setstate__(self, state: tuple[Packed, dict[str, Any]]) -> None:
+        """Take the tensors as views of that memory."""
+        packed, fields = state
+        targets = {}
+        for name, value in packed.tensors().items():
+            if name.startswith("targets."):
+                targets[name.removeprefix("targets.")] = value
+            else:
+                fields[name] = value
+        vars(self).update(fields, targets=targets)
 
     @property
     def padded(self) -> int:

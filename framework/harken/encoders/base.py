@@ -124,6 +124,10 @@ class Encoder(nn.Module):
         """
         return ()
 
+    def repeated(self) -> Sequence[nn.Module]:
+        """Return the blocks, each a call of its own, which `engine.compile` compiles; none where there are none."""
+        return ()
+
     def depth(self, parameter: str) -> int:
         """Return the block (from 1) that holds a parameter of this encoder, 0 for what lies before the blocks."""
         raise NotImplementedError

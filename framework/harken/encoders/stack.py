@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -207,6 +207,10 @@ class Stack(Encoder):
         if self.omits:  # places beyond the visible ones repeat place 0: adding zeros leaves it as it is
             x = torch.zeros_like(every, dtype=x.dtype).scatter_add(1, places, x * real[..., None])
         return Encoded(x.reshape(frames.shape), {}, lengths, summary=summary)
+
+    def repeated(self) -> Sequence[nn.Module]:
+        """Return the blocks; see `Encoder`."""
+        return tuple(self.blocks)
 
     def visible_flops(self, frames: int, share: float) -> float:
         """Count positions over all tokens, and the blocks over those that they see; see `Encoder`."""

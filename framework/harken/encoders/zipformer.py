@@ -157,6 +157,10 @@ class Zipformer(Encoder):
             kept.append(tuple(past.next for past in pasts))
         return widest(outputs, self.dim), StreamState(tuple(kept), frames.shape[1] < chunk)
 
+    def repeated(self) -> Sequence[nn.Module]:
+        """Return the blocks of all stacks; see `Encoder`."""
+        return tuple(block for stack in cast(Sequence[ZipformerStack], self.stacks) for block in stack.blocks)
+
     def depth(self, parameter: str) -> int:
         """Return a parameter's block; downsampling counts with a stack's first, the bypass around it with its last."""
         if not parameter.startswith("stacks."):

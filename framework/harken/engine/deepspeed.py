@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -60,6 +61,20 @@ def start_processes(config: EngineConfig) -> torch.device:
     return device
 
 
+def leave_at_exit() -> None:
+    """Have this process leave its group when Python ends, whose threads may else end it by abort().
+
+    For runs that ended well: elsewhere ranks may be lost, and leaving waits for them.
+    """
+    atexit.unregister(_leave)  # it is for the process, whose runs may be several
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -81,6 +96,11 @@ def deepspeed_config(config: EngineConfig, train: TrainConfig) -> dict[str, Any]
         raise HarkenError(
             "`engine.precision: fp16` needs `engine.zero_stage: 0`, as DeepSpeed does not scale its loss under ZeRO, "
             f"got {config.zero_stage}: use stage 0 or `bf16`"
+        )
+    if config.compile and config.zero_stage == 3:
+        raise HarkenError(
+            "`engine.compile` needs whole weights on each rank, which `engine.zero_stage: 3` gathers block by block: "
+            "use stage 0, 1 or 2"
         )
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:

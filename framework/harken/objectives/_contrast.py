@@ -19,6 +19,7 @@ from harken.core.draws import Draws
 from harken.core.errors import HarkenError
 from harken.core.loss import Metrics
 from harken.data.views import Views
+from harken.nn.one_hot import one_hot
 from harken.units.kmeans import cosine_clusters
 from harken.units.product_quantizer import ProductQuantizer, Quantised, Temperature, perplexity
 
@@ -73,7 +74,7 @@ class CodebookConfig(SlotConfig):
         sums = (quantised.probabilities * real[..., None, None]).sum(1)  # (B, G, V)
         total = counts.sum().clamp(min=1)
         prob_perplexity = perplexity(sums.sum(0) / total)
-        used = functional.one_hot(quantised.best, self.entries) * real[..., None, None]
+        used = one_hot(quantised.best, self.entries) * real[..., None, None]
         code_perplexity = perplexity(used.sum((0, 1)) / total)
         if self.diversity_over == "batch":
             loss = (size - prob_perplexity) / size * counts.sum()

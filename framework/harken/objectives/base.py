@@ -13,6 +13,7 @@ from harken.core.draws import Draws
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
 from harken.encoders.backbone import Backbone
+from harken.encoders.compiled import compile_blocks
 
 
 class Prepare(Protocol):
@@ -82,6 +83,10 @@ class Objective(nn.Module):
         frontend = self.backbone.frontend
         passes = 3.0 if any(parameter.requires_grad for parameter in frontend.parameters()) else 1.0
         return passes * frontend.flops(samples)
+
+    def compile_blocks(self) -> None:
+        """Have torch compile the blocks of the encoder that is trained; see `harken.encoders.compiled`."""
+        compile_blocks(self.backbone.encoder)
 
     def begin_passes(self) -> None:
         """Forget what earlier passes left to be counted: those of a step begin, or begin again.

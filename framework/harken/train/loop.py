@@ -22,6 +22,7 @@ from harken.optim.ema import WeightAverage
 from harken.optim.groups import RateScale, set_rates
 from harken.optim.schedules.base import Schedule
 from harken.train.checkpoint import Checkpoints
+from harken.train.graphs import GraphCounter
 from harken.train.health import Trouble, look, probe_ranks
 from harken.train.log import RunLog, say
 from harken.train.metrics import Meter
@@ -59,6 +60,7 @@ class Run:
     log: RunLog
     speed: Speedometer
     profile: Profile
+    graphs: GraphCounter
     average: WeightAverage | None = None
     state: TrainState = field(default_factory=TrainState)
     meter: Meter = field(default_factory=Meter)
@@ -254,7 +256,7 @@ def _log(run: Run, left: float) -> None:
     figures = run.meter.read()
     figures["gradient_norm"] = run.engine.grad_norm
     figures["learning_rate"] = run.rate
-    figures.update(run.speed.read())
+    figures.update(run.speed.read() | run.graphs.read())
     by_source = {f"hours/{name}": seconds / 3600 for name, seconds in run.state.seconds_by_source.items()}
     run.log.write(
         "train",

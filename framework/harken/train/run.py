@@ -25,7 +25,7 @@ from harken.data.limits import LimitState
 from harken.data.loader import EvalLoader, TrainLoader
 from harken.data.streams.loader import StreamLoader
 from harken.data.streams.shards import is_stream
-from harken.engine.deepspeed import DeepSpeedEngine, group_names, start_processes
+from harken.engine.deepspeed import DeepSpeedEngine, group_names, leave_at_exit, start_processes
 from harken.engine.flight import record_flights
 from harken.engine.memory import refuse_above
 from harken.engine.precision import resolved
@@ -35,6 +35,7 @@ from harken.optim.groups import RateScale, parameter_groups, scaled_by_name
 from harken.optim.schedules.base import Schedule
 from harken.train.autosize import find_sizes
 from harken.train.checkpoint import Checkpoints
+from harken.train.graphs import GraphCounter
 from harken.train.lock import only_run
 from harken.train.log import RunLog, say
 from harken.train.loop import Run, out_of_patience, rehearse, train
@@ -60,7 +61,9 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
     config = replace(config, engine=resolved(config.engine))  # what was chosen is what is logged and saved
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder), watched(folder, config.engine.timeout_seconds):
-        return _run(build_run(config, folder, make, prepare, spec))
+        ended = _run(build_run(config, folder, make, prepare, spec))
+    leave_at_exit()
+    return ended
 
 
 def _run(run: Run) -> str:
@@ -131,6 +134,8 @@ class _Learner:
 def _learner(config: RunConfig, make: MakeObjective) -> _Learner:
     torch.manual_seed(config.seed)  # the weights: equal on every rank and for every number of ranks
     model = make(config)
+    if config.engine.compile:
+        cast(Trainable, model).compile_blocks()
     rate_scale = scaled_by_name(cast(Trainable, model).rate_scale, config.train.rate_scales, model)
     names: list[str] = []
 
@@ -202,6 +207,7 @@ def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: Mak
         ),
         speed=Speedometer(config.data.sample_rate, peak),
         profile=Profile(folder, config.log.profile),
+        graphs=GraphCounter(enabled=config.engine.compile),
         average=learner.average,
         state=state,
     )

@@ -15,6 +15,10 @@ class Trainable(Protocol):
         """Operations of a training step."""
         ...
 
+    def compile_blocks(self) -> None:
+        """Have torch compile what is repeated."""
+        ...
+
     def rate_scale(self, parameter: str, step: int) -> float:
         """Factor on a parameter's learning rate."""
         ...

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from harken.core.errors import HarkenError
+from harken.nn.one_hot import one_hot
 
 Say = Callable[[str], None]
 MOST_CLUSTERS = 2**16
@@ -135,7 +136,7 @@ def cosine_clusters(points: Tensor, real: Tensor, starts: Tensor, passes: int) -
             cosines = points @ functional.normalize(centroids, dim=-1).transpose(1, 2)
             labels = (cosines - handicap[:, None]).argmax(-1)
             if turn < passes:
-                members = functional.one_hot(labels, starts.shape[1]) * weights
+                members = one_hot(labels, starts.shape[1]) * weights
                 sums = members.transpose(1, 2) @ points
                 centroids = torch.where(members.sum(1)[..., None] > 0, sums, centroids)
     return labels

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from harken.core.draws import current_step
+from harken.nn.one_hot import one_hot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,10 @@ class ProductQuantizer(nn.Module):
             noise = -torch.empty_like(logits).exponential_().log()
             soft = ((logits + noise) / self.temperature.now()).softmax(-1)
             codes = soft.argmax(-1)
-            chosen = functional.one_hot(codes, self.entries) - soft.detach() + soft
+            chosen = one_hot(codes, self.entries) - soft.detach() + soft
         else:
             codes = best
-            chosen = functional.one_hot(codes, self.entries).to(logits.dtype)
+            chosen = one_hot(codes, self.entries)
         vectors = torch.einsum("bmgv,gvd->bmgd", chosen, self.codebook).flatten(-2)
         return Quantised(vectors, codes, best, logits.softmax(-1))
 
