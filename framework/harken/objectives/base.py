@@ -13,7 +13,7 @@ from harken.core.draws import Draws
 from harken.core.frames import FrameSpec
 from harken.core.loss import Loss
 from harken.encoders.backbone import Backbone
-from harken.encoders.compiled import compile_blocks
+from harken.nn.compiled import compile_blocks
 
 
 class Prepare(Protocol):
@@ -85,8 +85,9 @@ class Objective(nn.Module):
         return passes * frontend.flops(samples)
 
     def compile_blocks(self) -> None:
-        """Have torch compile the blocks of the encoder that is trained; see `harken.encoders.compiled`."""
-        compile_blocks(self.backbone.encoder)
+        """Have torch compile the blocks of the encoder that is trained; see `harken.nn.compiled`."""
+        encoder = self.backbone.encoder
+        compile_blocks(encoder.repeated(), type(encoder).__name__.lower())
 
     def begin_passes(self) -> None:
         """Forget what earlier passes left to be counted: those of a step begin, or begin again.
