@@ -187,7 +187,7 @@ class FastHubert(Harken):
 
     def step(self, batch: Batch, step: int) -> tuple[float, float]:
         """Take a step on the same audio with masks and labels of its own frames; see `Peer`."""
-        own, frames = self.config.objective, int(self.model.backbone.spec.num_frames(batch.inputs.shape[1]))
+        own, frames = cast(Any, self.config.objective), int(self.model.backbone.spec.num_frames(batch.inputs.shape[1]))
         rng = draws.Draws(self.options.seed, step).generator("fast")
         span = SpanMask(probability=own.mask_probability, length=own.mask_length)
         mask = np.stack([span.draw(frames, rng) for _ in batch.ids])

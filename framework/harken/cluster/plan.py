@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from harken.config.schema import RunConfig
 from harken.core.clock import duration
 from harken.core.errors import HarkenError
+from harken.core.zero import state_bytes
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: weights and AdamW's two averages in float32 (docs/engine.md)."""
-TRAINING_BYTES_PER_PARAMETER = 16
-"""On a device: weights, gradients and AdamW's two averages in float32. Source: ZeRO, arXiv 1910.02054, section 3.1."""
-DIVIDED_BYTES = {0: 0, 1: 8, 2: 12, 3: 16}
-"""Of those, what a ZeRO stage divides among the devices: the averages, then gradients, then weights."""
 FLAC_SHARE = 0.55
 """Size of FLAC beside 16-bit PCM: LibriSpeech's 960 hours are 60.7 GB of FLAC (openslr.org/12), 110.6 GB as PCM."""
 FRAMES_PER_SECOND = 50
@@ -57,7 +54,7 @@ def make_plan(
     audio = steps * batch.seconds_per_step
     wall = None if tflops is None else audio * flops / (tflops * 1e12 * gpus) / 3600
     checkpoint = parameters * (BYTES_PER_PARAMETER + (4 if config.train.ema_decay else 0)) / 1e9
-    divided = DIVIDED_BYTES[config.engine.zero_stage]
+    stage = config.engine.zero_stage
     classes = max(getattr(config.objective, "classes", None) or (0,))
     label_bytes = 0 if not config.data.labels and classes == 0 else (1 if classes <= 256 else 2)
     return Plan(
@@ -72,7 +69,7 @@ def make_plan(
         kept_gb=checkpoint * (config.checkpoint.keep_last + config.checkpoint.keep_best),
         corpus_gb=corpus_hours * 3600 * config.data.sample_rate * 2 * FLAC_SHARE / 1e9,
         labels_gb=corpus_hours * 3600 * FRAMES_PER_SECOND * label_bytes / 1e9,
-        device_gb=parameters * (TRAINING_BYTES_PER_PARAMETER - divided + divided / gpus) / 1e9,
+        device_gb=state_bytes(parameters, 0 if stage == "auto" else stage, gpus) / 1e9,
     )
 
 

@@ -228,9 +228,10 @@ class TrainConfig:
 class EngineConfig:
     """DeepSpeed's typed settings; `deepspeed` is merged over what they make."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """What ranks divide among them instead of each keeping it whole: 1 the optimiser's state, 2 gradients too, 3
-    weights too. Source: ZeRO, arXiv 1910.02054; DeepSpeed `zero_optimization.stage`."""
+    weights too. Source: ZeRO, arXiv 1910.02054; DeepSpeed `zero_optimization.stage`. auto is the lowest of 0, 1 and 2,
+    the fastest, whose weights, gradients and optimiser state take at most half of the device's memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 run matrix products in half precision (autocast) over float32 weights; auto is bf16 where the
     device has instructions for it, else fp32."""
@@ -378,7 +379,7 @@ class RunConfig:
                 f"`data.crop_seconds` must be null with `objective.name: {self.objective.name}`, whose targets belong "
                 f"to whole cuts, got {self.data.crop_seconds:g}: leave longer cuts out with `data.max_seconds`"
             )
-        if self.optimizer.whole_tensors and self.engine.zero_stage:
+        if self.optimizer.whole_tensors and self.engine.zero_stage not in ("auto", 0):
             raise HarkenError(
                 f"`engine.zero_stage` must be 0 with `optimizer.name: {self.optimizer.name}`, which needs each "
                 f"parameter whole, got {self.engine.zero_stage}: ZeRO gives a rank slices of many parameters strung "

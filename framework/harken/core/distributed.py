@@ -58,6 +58,11 @@ def sum_tensor(values: Tensor) -> Tensor:
     return summed
 
 
+def least_of_ranks(value: float) -> float:
+    """Return the smallest of the ranks' numbers, on every rank; rare."""
+    return min(gather([value]))
+
+
 def any_rank(flag: bool) -> bool:
     """Whether any rank raised the flag; all ranks get the same answer."""
     return sum_over_ranks([float(flag)])[0] > 0

@@ -9,9 +9,10 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -23,7 +24,9 @@ from harken.core import distributed
 from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.loss import Loss
+from harken.core.zero import fastest_stage
 from harken.engine.gather import Partitions
+from harken.engine.memory import GIB, device_gib
 from harken.engine.partitioned import PartialPass, forget_partitions, forget_pass
 from harken.engine.state import Snapshot
 from harken.engine.watchdog import collective_timeout
@@ -87,6 +90,18 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
 
 
+def staged(config: EngineConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> EngineConfig:
+    """Return the settings with `zero_stage: auto` made the fastest that fits; every rank calls it and gets the same."""
+    if config.zero_stage != "auto":
+        return config
+    whole = config.precision == "fp16" or getattr(optimizer, "whole_tensors", False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    smallest = distributed.least_of_ranks(device_gib()) * GIB
+    least = int(config.offload_optimizer)
+    stage = fastest_stage(parameters, distributed.world_size(), smallest, least=least, most=0 if whole else 2)
+    return replace(config, zero_stage=cast(Literal[0, 1, 2], stage))
+
+
 def deepspeed_config(config: EngineConfig, train: TrainConfig) -> dict[str, Any]:
     """Return DeepSpeed's configuration; `engine.deepspeed` is merged over it.
 
@@ -145,10 +160,11 @@ class DeepSpeedEngine:
     ) -> None:
         import deepspeed
 
-        self.config, self.clip_norm = config, train.clip_norm
-        settings = deepspeed_config(config, train)
         model.to(distributed.device())
         trainable = make_optimizer(model)
+        config = staged(config, model, trainable)
+        self.config, self.clip_norm = config, train.clip_norm
+        settings = deepspeed_config(config, train)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=trainable, config=settings, dist_init_required=False
         )
@@ -178,7 +194,7 @@ class DeepSpeedEngine:
     @property
     def local_passes(self) -> bool:
         """With whole gradients on each rank, they are reduced once, after the step's passes."""
-        return self.config.zero_stage < 2
+        return self.config.zero_stage in (0, 1)
 
     def backward(self, total: Tensor, *, last: bool) -> None:
         """Add the gradient of `total`; ZeRO 2 and 3 reduce it meanwhile, in every pass."""

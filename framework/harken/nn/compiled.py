@@ -17,7 +17,7 @@ def compile_blocks(blocks: Sequence[nn.Module], whose: str) -> None:
     """Have every block of an encoder compiled in its first pass; names of parameters stay.
 
     Lengths are symbols, so that ragged batches share a graph. Frontends, heads and losses stay as they are: the
-    convolutions of a waveform are a library's, and a head's rows differ in every batch. whose: name of the encoder.
+    convolutions of a waveform are a library's, and a head's rows differ in every batch. whose: blocks, for the error.
     Raises HarkenError where there is none.
     """
     from torch._dynamo import config
@@ -26,6 +26,6 @@ def compile_blocks(blocks: Sequence[nn.Module], whose: str) -> None:
     # constants stay constants, as the backward pass of an autograd function takes no symbols; schedules are tensors
     config.specialize_float = True
     if not blocks:
-        raise HarkenError(f"`engine.compile` must be false for `encoder.name: {whose}`, which has no blocks to compile")
+        raise HarkenError(f"`engine.compile` must be false for {whose}, which has no blocks to compile")
     for block in blocks:
         block.compile(dynamic=True)

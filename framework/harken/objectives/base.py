@@ -87,7 +87,7 @@ class Objective(nn.Module):
     def compile_blocks(self) -> None:
         """Have torch compile the blocks of the encoder that is trained; see `harken.nn.compiled`."""
         encoder = self.backbone.encoder
-        compile_blocks(encoder.repeated(), type(encoder).__name__.lower())
+        compile_blocks(encoder.repeated(), f"an encoder of {type(encoder).__name__}")
 
     def begin_passes(self) -> None:
         """Forget what earlier passes left to be counted: those of a step begin, or begin again.

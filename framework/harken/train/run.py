@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from harken.core import distributed
 from harken.core.errors import HarkenError
 from harken.core.files import write_text_atomic
 from harken.core.frames import FrameSpec
+from harken.core.zero import state_bytes
 from harken.data.check import check_data
 from harken.data.dataset import Prepare
 from harken.data.limits import LimitState
@@ -27,7 +28,7 @@ from harken.data.streams.loader import StreamLoader
 from harken.data.streams.shards import is_stream
 from harken.engine.deepspeed import DeepSpeedEngine, group_names, leave_at_exit, start_processes
 from harken.engine.flight import record_flights
-from harken.engine.memory import refuse_above
+from harken.engine.memory import GIB, refuse_above
 from harken.engine.precision import resolved
 from harken.engine.watchdog import watched
 from harken.optim.ema import WeightAverage
@@ -99,6 +100,7 @@ def tune_batch(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     learner = _learner(config, make)
+    config = replace(config, engine=learner.engine.config)
     loader = training_loader(config, prepare, spec)
     assert isinstance(loader, TrainLoader), "a stream's loader refuses `auto`"
     sizes = find_sizes(config, folder, learner.engine, learner.average, loader)
@@ -116,7 +118,7 @@ def training_loader(config: RunConfig, prepare: MakePrepare, spec: FrameSpec) ->
         hop=spec.stride,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        even_passes=config.engine.zero_stage > 1,  # gradients or weights are sent in every pass
+        even_passes=config.engine.zero_stage in (2, 3),  # gradients or weights are sent in every pass
     )
 
 
@@ -161,8 +163,11 @@ def _limit(config: RunConfig, folder: Path, loader: TrainLoader, learner: _Learn
 def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: MakePrepare, spec: FrameSpec) -> Run:
     """Build a run, and load the newest checkpoint in `folder` if there is one; every rank calls it."""
     _check(config, prepare)
-    loader = training_loader(config, prepare, spec)
     learner = _learner(config, make)
+    if config.engine.zero_stage == "auto" and distributed.world_size() > 1:
+        _explain_stage(learner)
+    config = replace(config, engine=learner.engine.config)
+    loader = training_loader(config, prepare, spec)
     part = cast(Trainable, learner.model)
     checkpoints = Checkpoints(folder, config)
     state = _resume(checkpoints, learner.engine, learner.average, part.fingerprint(config))
@@ -283,11 +288,22 @@ def config_changes(old: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
-def _describe(model: nn.Module, config: RunConfig, peak: float) -> None:
-    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-    trained = sum(
-        getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters() if parameter.requires_grad
+def _explain_stage(learner: _Learner) -> None:
+    stage, parameters = cast(int, learner.engine.config.zero_stage), _count(learner.model.parameters())
+    kept = state_bytes(parameters, stage, distributed.world_size()) / GIB
+    say(
+        f"`engine.zero_stage: auto` is {stage}: {kept:.2f} GiB of weights, gradients and optimiser state on each device"
     )
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the numbers in parameters, whole ones where ZeRO 3 keeps slices."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters)
+
+
+def _describe(model: nn.Module, config: RunConfig, peak: float) -> None:
+    total = _count(model.parameters())
+    trained = _count(parameter for parameter in model.parameters() if parameter.requires_grad)
     say(
         f"{config.objective.name} on {config.encoder.name} and {config.frontend.name}: "
         f"{total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained; "
