@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -136,6 +137,7 @@ def collect(folder: Path) -> Row:
         "steps": steps,
         "hours_of_audio": records[-1]["hours"],
         "minutes_of_training": records[-1]["wall"] / 60,
+        "seconds_a_step": seconds_a_step(records),
         "peak_gib": max(record.get("memory_gib", 0.0) for record in records),
         "date": time.strftime("%F %T"),
         "machine": joined(session["machine"] for session in sessions),
@@ -144,6 +146,16 @@ def collect(folder: Path) -> Row:
         "commands": [line for name in COMMANDS for line in lines_of(folder / name)],
         **searched(folder),
     }
+
+
+def seconds_a_step(records: list[dict[str, Any]]) -> float:
+    """Return the median over log intervals: what else the machine did for a while, and validations, do not move it."""
+    spent = [
+        (end["wall"] - start["wall"]) / (end["step"] - start["step"])
+        for start, end in itertools.pairwise([{"step": 0, "wall": 0.0}, *records])
+        if end["step"] > start["step"]  # a run that was continued has some steps twice
+    ]
+    return float(statistics.median(spent))
 
 
 def scores_of(folder: Path) -> dict[str, Any]:
@@ -242,8 +254,8 @@ def table(rows: list[Row], layout: Layout) -> str:
 
 
 def costs(group: list[Row]) -> list[str]:
-    """Return the seconds of a step, a mean, and the largest memory."""
-    seconds = statistics.mean(60 * row["minutes_of_training"] / row["steps"] for row in group)
+    """Return the seconds of a step, a median, and the largest memory."""
+    seconds = statistics.median(row["seconds_a_step"] for row in group)
     return [f"{seconds:.2f}", f"{max(row['peak_gib'] for row in group):.2f}"]
 
 

@@ -61,13 +61,14 @@ def test_the_table_has_means_deviations_and_gains_of_medians(tool: ModuleType) -
 
 def test_a_table_of_other_starts_has_costs_and_a_baseline_of_its_own(tool: ModuleType) -> None:
     layout = tool.Layout("encoders", {"a_ctc": "A, CTC", "b_ctc": "B, CTC"}, True)
-    rows = [row(30, "b_ctc", 1, 0.3, peak_gib=1.25), row(30, "a_ctc", 1, 0.4, peak_gib=2.0)]
-    rows += [row(30, "a_ctc", 2, 0.4, peak_gib=3.0, minutes_of_training=6.0)]
+    rows = [row(30, "b_ctc", 1, 0.3, peak_gib=1.25, seconds_a_step=1.5)]
+    rows += [row(30, "a_ctc", 1, 0.4, peak_gib=2.0, seconds_a_step=2.0)]
+    rows += [row(30, "a_ctc", 2, 0.4, peak_gib=3.0, seconds_a_step=3.0, minutes_of_training=6.0)]
     lines = tool.table(rows, layout).splitlines()
     assert "CER below A, CTC: test, test-unseen" in lines[0]
     assert lines[2:] == [
-        "| 30 min | A, CTC | 40.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 | 80.0 ± 0.0 |  | 2 | 4.5 | 27.00 | 3.00 |",
-        "| 30 min | B, CTC | 30.0 | 60.0 | 40.0 | 60.0 | 25 %, 20 % | 1 | 3.0 | 18.00 | 1.25 |",
+        "| 30 min | A, CTC | 40.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 | 80.0 ± 0.0 |  | 2 | 4.5 | 2.50 | 3.00 |",
+        "| 30 min | B, CTC | 30.0 | 60.0 | 40.0 | 60.0 | 25 %, 20 % | 1 | 3.0 | 1.50 | 1.25 |",
     ]
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert layout.markers == ("<!-- encoders:begin -->", "<!-- encoders:end -->")
@@ -142,6 +143,12 @@ def write_row(folder: Path, tool: ModuleType, steps: int) -> None:
     tool.begin(folder, 2)
 
 
+def test_a_step_takes_what_it_takes_in_most_intervals(tool: ModuleType) -> None:
+    walls = {10: 5.0, 20: 10.0, 30: 60.0, 40: 65.0, 30.5: 66.0}  # one interval beside other work, and steps done twice
+    records = [{"step": step, "wall": wall} for step, wall in walls.items()]
+    assert tool.seconds_a_step(records) == 0.5
+
+
 def test_a_row_says_where_each_of_its_sessions_ran(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +162,7 @@ def test_a_row_says_where_each_of_its_sessions_ran(
     assert made["machine"] == tool.machine()
     assert (made["minutes"], made["start"], made["seed"], made["steps"]) == (30, "scratch", 2, 10)
     assert (made["hours_of_audio"], made["minutes_of_training"]) == (0.25, 2.0)
+    assert made["seconds_a_step"] == 12.0
     assert made["commands"] == ["harken train x", "harken decode y"]
     assert made["date"]
 
