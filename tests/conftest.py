@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
-from torch import Tensor
+from torch import Tensor, device
 from torch import bool as bool_type
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -176,18 +176,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 FRAMEWORK = str(Path(__file__).parents[1] / "framework" / "harken")
-ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "repeat_interleave")
+ASKING = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "repeat_interleave"),
+    *("_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
+)
 """Operators that wait for their tensor's values."""
 
 
 class Waits(TorchDispatchMode):
-    """Counts where the host asks for a value that was computed from what is on the device.
+    """Counts where the host waits for the device: asks for a value that was computed there, or copies one to it.
 
-    There need be no GPU for it: `begin` says what would be on one, and what is computed from that would be, too.
+    There need be no GPU for it: `begin` says what would be on one, and what is computed from that would be, too. A copy
+    from the host waits for what the device has to do, unless it is told not to.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.watching = False
         self.on_device: dict[int, Tensor] = {}  # kept alive, so that no other tensor comes to lie in their place
         self.found: Counter[str] = Counter()
 
@@ -195,9 +200,27 @@ class Waits(TorchDispatchMode):
         """Take these for tensors on the device."""
         self.on_device.update((self._place(tensor), tensor) for tensor in tensors)
 
+    def __enter__(self) -> Self:
+        self.watching = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.watching = False
+
     def ask(self, tensor: Tensor, how: str) -> None:
         """Count a question, by the line of harken's that asks."""
-        if self._place(tensor) in self.on_device:
+        self._count(how, self._place(tensor) in self.on_device)
+
+    def copy(self, tensor: Tensor, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Count a copy of a tensor on the host that names a device and waits."""
+        named = "device" in options or any(isinstance(value, device) for value in arguments)
+        waiting = named and not options.get("non_blocking", False)
+        self._count("a copy to the device", waiting and self._place(tensor) not in self.on_device)
+
+    def _count(self, how: str, waits: bool) -> None:
+        if self.watching and waits:
             lines = [frame for frame in traceback.extract_stack() if frame.filename.startswith(FRAMEWORK)]
             where = f"{Path(lines[-1].filename).name}: {lines[-1].line}" if lines else "none of harken's lines"
             self.found[f"{how} in {where}"] += 1
@@ -210,7 +233,8 @@ class Waits(TorchDispatchMode):
         given = [value for value in pytree.tree_leaves((args, kwargs or {})) if isinstance(value, Tensor)]
         name = func.overloadpacket.__name__
         if name in ASKING:
-            self.ask(given[0], name)
+            for tensor in given:
+                self.ask(tensor, name)
         if name.startswith(("index", "_unsafe_index")):
             for index in given[1:]:
                 if index.dtype is bool_type:
@@ -225,6 +249,18 @@ class Waits(TorchDispatchMode):
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     """Count the questions that are asked within it."""
     watch = Waits()
+    plain_to, new_tensor = Tensor.to, Tensor.new_tensor
+
+    def to(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        watch.copy(self, args, options)
+        return plain_to(self, *args, **options)
+
+    def new(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        watch.ask(self, "new_tensor")
+        return new_tensor(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    monkeypatch.setattr(Tensor, "new_tensor", new)
     for name in ("tolist", "numpy", "cpu"):  # these ask without a call that is dispatched
         plain = getattr(Tensor, name)
 

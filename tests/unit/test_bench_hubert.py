@@ -137,7 +137,7 @@ def test_a_step_is_timed_beside_what_is_installed(monkeypatch, capsys) -> None:
 
     missing = train_step.PACKAGES | {"fairseq": "no_such_toolkit"}
     monkeypatch.setattr(train_step, "PACKAGES", missing)
-    assert train_step.main([*SMALL, "--peers", "harken", "harken_fasthubert", "hugging_face", "fairseq"]) == 0
+    assert train_step.main([*SMALL, "--peers", "hugging_face", "harken", "harken_fasthubert", "fairseq"]) == 0
     said = capsys.readouterr().out
     assert "| harken_fasthubert |" in said
     assert "left out: fairseq: no_such_toolkit is not installed" in said

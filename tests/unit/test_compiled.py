@@ -14,6 +14,7 @@ import torch._dynamo
 from torch import nn
 
 from harken.apps.main import main
+from harken.nn.dropout import Dropout
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 PLAIN = ["encoder.dropout=0", "encoder.attention_dropout=0", "encoder.input_dropout=0", "encoder.layer_drop=0"]
@@ -69,8 +70,26 @@ def test_an_encoder_without_blocks_is_refused(corpus, tmp_path: Path, capsys: py
     assert "`engine.compile` must be false for" in capsys.readouterr().err
 
 
-def test_zero_3_is_refused(corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("engine.zero_stage=2", "`engine.compile` needs `engine.zero_stage` 0 or 1"),
+        (
+            "engine.activation_checkpointing=true",
+            "`engine.compile` must be false with `engine.activation_checkpointing`",
+        ),
+        ("batch.max_seconds=auto", "`batch.max_seconds` must be a number with `engine.compile`"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(
+    corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str, message: str
+) -> None:
     config = corpus.yaml(tmp_path, "hubert", "filterbank")
-    options = ["engine.compile=true", "engine.zero_stage=3"]
-    assert main(["train", str(config), "--exp", str(tmp_path / "run"), *options]) == 2
-    assert "`engine.compile` needs whole weights on each rank" in capsys.readouterr().err
+    assert main(["train", str(config), "--exp", str(tmp_path / "run"), "engine.compile=true", other]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_dropout_does_not_cut_a_graph() -> None:
+    block = nn.Sequential(nn.Linear(4, 4), Dropout(0.5), nn.Linear(4, 4)).train()
+    explained = torch._dynamo.explain(block)(torch.ones(8, 4))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)

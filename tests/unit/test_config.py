@@ -76,7 +76,7 @@ def refusal(small: Path, *overrides: str) -> str:
         ("encoder=6", "`encoder` must be a group of keys, got 6"),
         ("data.speed=0.9", "`data.speed` must be list of float, got 0.9"),
         ("data.speed=[0.9,fast]", "`data.speed[1]` must be float, got 'fast'"),
-        ("engine.zero_stage=4", "`engine.zero_stage` must be one of auto, 0, 1, 2, 3, got 4"),
+        ("engine.zero_stage=4", "`engine.zero_stage` must be one of 'auto', 0, 1, 2, 3, got 4"),
         ("engine.precision=fp8", "`engine.precision` must be one of 'auto', 'fp32', 'bf16', 'fp16', got 'fp8'"),
         ("engine.deepspeed=7", "`engine.deepspeed` must be dict"),
         # rules

@@ -1,7 +1,8 @@
-"""Between log lines the host waits for the device once a step, for the gradient's norm: everything else is queued.
+"""Between log lines a process alone waits for the device once a step, for the gradient's norm: all else is queued.
 
 Whatever is computed from audio, targets or weights would be on the device; lengths and counts stay on the host. The
-contract's tests hold every objective, encoder and frontend to it.
+contract's tests hold every objective, encoder and frontend to it. Ranks also agree on a step's counts, and ScaledAdam
+asks for norms.
 """
 
 from __future__ import annotations
@@ -62,5 +63,10 @@ def test_a_value_that_is_asked_for_is_seen(waits: Any) -> None:
         assert float(y) == 9.0
         x[x > 0].sum()
         assert y.tolist() == 9.0
-    where = "none of harken's lines"
-    assert waits.found == {f"{how} in {where}": 1 for how in ("_local_scalar_dense", "a mask as an index", "tolist")}
+        x.new_tensor(1.0)
+        x.new_full((), 1.0)
+        host.to(x.device, non_blocking=True)
+        host.to(x.device)
+        host.to(torch.float64)
+    kinds = ("_local_scalar_dense", "a mask as an index", "tolist", "new_tensor", "a copy to the device")
+    assert waits.found == {f"{how} in none of harken's lines": 1 for how in kinds}

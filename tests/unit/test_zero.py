@@ -47,21 +47,22 @@ def test_auto_is_the_lowest_stage_that_fits(
 def four_small_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(distributed, "gather", lambda values: [*values, 1e-6])  # another rank has less
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(deepspeed, "device_gib", lambda: 80.0)
 
 
-def staged(optimizer: Any = None, **settings: Any) -> Any:
-    model = nn.Linear(10, 10)
-    optimizer = optimizer or torch.optim.AdamW(model.parameters())
-    return deepspeed.staged(EngineConfig(**settings), model, optimizer).zero_stage
+def staged(**settings: Any) -> Any:
+    return deepspeed.staged(EngineConfig(**settings), nn.Linear(10, 10)).zero_stage
 
 
 def test_the_engine_asks_the_smallest_device_and_what_its_settings_allow(four_small_devices: None) -> None:
     assert staged() == 2
     assert staged(zero_stage=1) == 1
     assert staged(precision="fp16") == 0
+    assert staged(compile=True) == 1
 
-    class Whole(torch.optim.SGD):
-        whole_tensors = True
 
-    assert staged(Whole(nn.Linear(2, 2).parameters())) == 0
+def test_auto_is_0_on_a_cpu_whatever_is_free_there(four_small_devices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+    assert staged() == 0
+    assert staged(offload_optimizer=True) == 1

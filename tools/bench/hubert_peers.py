@@ -118,7 +118,7 @@ def configuration(options: Options, preset: str = "hubert_base") -> RunConfig:
 class Harken:
     """harken as it trains: its objective, its DeepSpeed engine, its AdamW."""
 
-    preset = "hubert_base"
+    preset, shares_weights = "hubert_base", True
 
     def __init__(self, options: Options) -> None:
         from harken.engine.deepspeed import DeepSpeedEngine, start_processes
@@ -139,13 +139,13 @@ class Harken:
         from harken.interop.hugging_face import weights_from_hugging_face
 
         model = build("objective", self.config.objective, run=self.config, backbone=build_backbone(self.config))
-        if (folder / "weights.safetensors").is_file():  # train_step.py runs without Hugging Face too
+        # train_step.py runs without Hugging Face too
+        if self.shares_weights and (folder / "weights.safetensors").is_file():
             theirs = load_file(folder / "weights.safetensors")
             head = {name: theirs.pop(name) for name in ("project.weight", "project.bias", "codes.embeddings")}
             load_into(model, {**weights_from_hugging_face(theirs), **head}, folder / "weights.safetensors")
         if self.options.compiled:
-            for block in model.backbone.encoder.blocks:
-                block.compile()
+            model.compile_blocks()
         self.engine = DeepSpeedEngine(model, self._optimizer, self.config.engine, self.config.train)
         self.model = model
         return parameters_of(model)
@@ -183,7 +183,7 @@ class Harken:
 class FastHubert(Harken):
     """harken's Fast-HuBERT: the same encoder behind a filterbank at half the frames, two layers predicted."""
 
-    preset = "fasthubert_base"
+    preset, shares_weights = "fasthubert_base", False
 
     def step(self, batch: Batch, step: int) -> tuple[float, float]:
         """Take a step on the same audio with masks and labels of its own frames; see `Peer`."""

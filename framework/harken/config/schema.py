@@ -240,7 +240,8 @@ class EngineConfig:
     third more time. Source: arXiv 1604.06174; fairseq `checkpoint_activations`."""
     compile: bool = False
     """Compile the encoder's blocks (`torch.compile`), for sequences of every length; the first steps then take minutes.
-    The log counts the graphs made since its last line, which are 0 after warm-up. Not for ZeRO 3."""
+    The log counts the graphs made since its last line, which are 0 after warm-up. Not with ZeRO 2 and 3, activation
+    checkpointing and `batch.max_seconds: auto`."""
     offload_optimizer: bool = False
     """Keep the optimiser's state in the host's memory. DeepSpeed `zero_optimization.offload_optimizer`."""
     threads: int = 0
@@ -256,6 +257,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "engine", positive=("bucket_elements", "timeout_seconds"), not_negative=("threads",))
+        if self.compile and self.activation_checkpointing:
+            raise HarkenError(
+                "`engine.compile` must be false with `engine.activation_checkpointing`, whose second pass is compiled "
+                "in another thread, with other settings"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +390,16 @@ class RunConfig:
                 f"`engine.zero_stage` must be 0 with `optimizer.name: {self.optimizer.name}`, which needs each "
                 f"parameter whole, got {self.engine.zero_stage}: ZeRO gives a rank slices of many parameters strung "
                 "together; use stage 0, or `optimizer.name: adamw`"
+            )
+        if self.optimizer.whole_tensors and self.engine.offload_optimizer:
+            raise HarkenError(
+                f"`engine.offload_optimizer` must be false with `optimizer.name: {self.optimizer.name}`, which needs "
+                "each parameter whole: it needs ZeRO, which gives a rank slices"
+            )
+        if self.engine.compile and self.batch.max_seconds == "auto":
+            raise HarkenError(
+                "`batch.max_seconds` must be a number with `engine.compile`, as compiling is no part of what a batch "
+                "takes: let `harken tune-batch` measure without it"
             )
         if self.train.patience and self.data.valid is None:
             raise HarkenError("`train.patience` counts validations: it needs `data.valid`, which is not given")

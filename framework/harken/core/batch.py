@@ -63,9 +63,14 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory; called by torch's DataLoader in its pin thread."""
+        """Return the batch in page-locked memory; called by torch's DataLoader in its pin thread.
+
+        What stays on the CPU is copied, so that nothing holds the worker's shared memory.
+        """
         return replace(
             self,
+            lengths=self.lengths.clone(),
+            starts=self.starts.clone(),
             inputs=self.inputs.pin_memory(),
             targets={name: value.pin_memory() for name, value in self.targets.items()},
         )
@@ -111,5 +116,5 @@ def padding_mask(lengths: Tensor, size: int) -> Tensor | None:
 
 def real_mask(lengths: Tensor, size: int, device: torch.device | None = None) -> Tensor:
     """Return a `(B, size)` bool mask on a device, by default that of `lengths`, True where nothing is padded."""
-    lengths = lengths.to(device or lengths.device)
+    lengths = lengths.to(device or lengths.device, non_blocking=True)
     return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]

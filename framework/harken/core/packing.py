@@ -24,9 +24,9 @@ class Packed:
     places: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors, as views of the memory."""
+        """Return the tensors, as views of the memory; of autograd's they are each their own (`data`)."""
         return {
-            name: self.memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            name: self.memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape).data
             for name, dtype, shape, start in self.places
         }
 

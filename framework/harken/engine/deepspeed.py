@@ -69,8 +69,12 @@ def leave_at_exit() -> None:
 
     For runs that ended well: elsewhere ranks may be lost, and leaving waits for them.
     """
-    atexit.unregister(_leave)  # it is for the process, whose runs may be several
     atexit.register(_leave)
+
+
+def stay_at_exit() -> None:
+    """Take that back: another run of this process begins, which may end otherwise."""
+    atexit.unregister(_leave)
 
 
 def _leave() -> None:
@@ -90,15 +94,19 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
 
 
-def staged(config: EngineConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> EngineConfig:
+def staged(config: EngineConfig, model: nn.Module) -> EngineConfig:
     """Return the settings with `zero_stage: auto` made the fastest that fits; every rank calls it and gets the same."""
     if config.zero_stage != "auto":
         return config
-    whole = config.precision == "fp16" or getattr(optimizer, "whole_tensors", False)
+    if config.precision == "fp16":
+        return replace(config, zero_stage=0)
+    least = int(config.offload_optimizer)
+    if distributed.device().type == "cpu":  # what is free there changes from run to run
+        return replace(config, zero_stage=cast(Literal[0, 1], least))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     smallest = distributed.least_of_ranks(device_gib()) * GIB
-    least = int(config.offload_optimizer)
-    stage = fastest_stage(parameters, distributed.world_size(), smallest, least=least, most=0 if whole else 2)
+    most = 1 if config.compile else 2
+    stage = fastest_stage(parameters, distributed.world_size(), smallest, least=least, most=most)
     return replace(config, zero_stage=cast(Literal[0, 1, 2], stage))
 
 
@@ -112,10 +120,10 @@ def deepspeed_config(config: EngineConfig, train: TrainConfig) -> dict[str, Any]
             "`engine.precision: fp16` needs `engine.zero_stage: 0`, as DeepSpeed does not scale its loss under ZeRO, "
             f"got {config.zero_stage}: use stage 0 or `bf16`"
         )
-    if config.compile and config.zero_stage == 3:
+    if config.compile and config.zero_stage in (2, 3):
         raise HarkenError(
-            "`engine.compile` needs whole weights on each rank, which `engine.zero_stage: 3` gathers block by block: "
-            "use stage 0, 1 or 2"
+            "`engine.compile` needs `engine.zero_stage` 0 or 1, as 2 and 3 send gradients in the order in which they "
+            f"come, which compiled graphs change, got {config.zero_stage}"
         )
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
@@ -162,7 +170,7 @@ class DeepSpeedEngine:
 
         model.to(distributed.device())
         trainable = make_optimizer(model)
-        config = staged(config, model, trainable)
+        config = staged(config, model)
         self.config, self.clip_norm = config, train.clip_norm
         settings = deepspeed_config(config, train)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -130,7 +130,7 @@ class Waveform(Frontend):
         if self.config.normalize:
             inputs = normalise_over_time(inputs[..., None], lengths if padded else None).squeeze(-1)
         if noise is not None:
-            level = (inputs.square().sum(1) / lengths.clamp(min=1).to(inputs.device)).sqrt()
+            level = (inputs.square().sum(1) / lengths.clamp(min=1).to(inputs.device, non_blocking=True)).sqrt()
             inputs = noise.replace(inputs[..., None], self.spec, Window(1, 1), level[:, None, None]).squeeze(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.grad_scale > 0):
             first = FrameSpec(self.spec.windows[:1], self.spec.sample_rate).num_frames(lengths)

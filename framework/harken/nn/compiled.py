@@ -8,7 +8,7 @@ from torch import nn
 
 from harken.core.errors import HarkenError
 
-_MOST_GRAPHS = 64
+_MOST_GRAPHS = 256
 """Of one function. Blocks of several widths, with and without padding, dropout and gradients share one: torch would go
 on without compiling after 8."""
 
@@ -22,10 +22,10 @@ def compile_blocks(blocks: Sequence[nn.Module], whose: str) -> None:
     """
     from torch._dynamo import config
 
-    config.recompile_limit = _MOST_GRAPHS
+    config.recompile_limit = config.accumulated_recompile_limit = _MOST_GRAPHS
     # constants stay constants, as the backward pass of an autograd function takes no symbols; schedules are tensors
     config.specialize_float = True
     if not blocks:
-        raise HarkenError(f"`engine.compile` must be false for {whose}, which has no blocks to compile")
+        raise HarkenError(f"`engine.compile` must be false for {whose}: what it repeats is not compiled")
     for block in blocks:
         block.compile(dynamic=True)

@@ -34,7 +34,7 @@ def dropped(x: Tensor, probability: float) -> Tensor:
     rounded to 1/65536. Elsewhere it is torch's. Source: Srivastava et al. 2014.
     """
     levels = round(probability * _LEVELS)
-    if x.device.type != "cpu" or levels == _LEVELS:
+    if x.device.type != "cpu" or levels == _LEVELS or torch.compiler.is_compiling():  # it would cut the graph
         return functional.dropout(x, probability, training=True)
     result: Tensor = _DropOnCpu.apply(x, levels)  # type: ignore[no-untyped-call]
     return result

@@ -46,7 +46,7 @@ class _Balance(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, active, bounds = ctx.saved_tensors
         (grad,) = grads
-        low_mean, high_mean, low_rms, high_rms = bounds.to(x.device).unbind()
+        low_mean, high_mean, low_rms, high_rms = bounds.to(x.device, non_blocking=True).unbind()
         x = x.float()
         others = [dim for dim in range(x.ndim) if dim != ctx.channel_dim % x.ndim]
         mean = x.mean(others, keepdim=True)
@@ -58,7 +58,8 @@ class _Balance(torch.autograd.Function):
         off_rms = torch.sign(rms - torch.clamp(rms, low_rms, high_rms)) * (square > _TINY)
         a = off_mean + off_rms * ratio / (1 + ratio.square())
         b = off_rms / (1 + ratio.square()) - off_mean * ratio * (variance > _TINY)
-        scale = active.to(x.device) * ctx.strength / (a.square() + b.square()).sqrt().clamp(min=_TINY)
+        strength = active.to(x.device, non_blocking=True) * ctx.strength
+        scale = strength / (a.square() + b.square()).sqrt().clamp(min=_TINY)
         changed = grad.float() + grad.float().abs() * scale * (a + b * (x - mean) / deviation)
         return changed.to(grad.dtype), None, None, None, None
 
@@ -136,7 +137,7 @@ def _whitening_gradient(x: Tensor, grad: Tensor, active: Tensor, limit: Tensor, 
     square = covariance.square().sum() / x.shape[-1]
     identity = torch.eye(flat.shape[-1], device=x.device)
     penalty: Tensor = (flat @ (covariance - square / (trace + _TINY) * identity)).transpose(0, 1).reshape(x.shape)
-    above = square / (trace.square() + _TINY) >= limit.to(x.device)
+    above = square / (trace.square() + _TINY) >= limit.to(x.device, non_blocking=True)
     scale = strength * grad.float().norm() / (penalty.norm() + _TINY)
     changed: Tensor = grad + torch.where(above, penalty * scale, 0.0).to(grad.dtype)
     return changed
@@ -192,7 +193,7 @@ class _Limit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, active, low, high = (tensor.to(grads[0].device) for tensor in ctx.saved_tensors)
+        x, active, low, high = (tensor.to(grads[0].device, non_blocking=True) for tensor in ctx.saved_tensors)
         (grad,) = grads
         further_out = ((x < low) & (grad > 0)) | ((x > high) & (grad < 0))
         return torch.where(further_out & (active > 0), -grad, grad), None, None, None

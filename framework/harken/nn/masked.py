@@ -20,7 +20,7 @@ def normalise_over_time(x: Tensor, lengths: Tensor | None, eps: float = 1e-5, *,
     if lengths is None:
         centred = x - mean_of(x.mean(1, keepdim=True))
         return centred * (mean_of(centred.square().mean(1, keepdim=True)) + eps).rsqrt()
-    lengths = lengths.to(x.device)
+    lengths = lengths.to(x.device, non_blocking=True)
     real = real_mask(lengths, x.shape[1])[..., None].to(x.dtype)
     count = lengths.clamp(min=1).to(x.dtype)[:, None, None]
     centred = (x - mean_of((x * real).sum(1, keepdim=True) / count)) * real
@@ -37,6 +37,6 @@ def summed_mean_squares(frames: Tensor, lengths: Tensor, counts: Tensor) -> Tens
     frames: `(B, T, C)`. lengths: `(B,)` frames. counts: `(B,)`.
     """
     squares = frames.float().square().mean(-1)
-    length = lengths.to(frames.device).clamp(min=1)
+    length = lengths.to(frames.device, non_blocking=True).clamp(min=1)
     real = real_mask(length, frames.shape[1])
-    return ((squares * real).sum(1) / length * counts.to(frames.device)).sum()
+    return ((squares * real).sum(1) / length * counts.to(frames.device, non_blocking=True)).sum()

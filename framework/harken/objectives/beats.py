@@ -140,7 +140,7 @@ class Beats(Objective):
         loss = functional.cross_entropy(logits, labels[masked], reduction="sum")
         hits = (logits.detach().argmax(-1) == labels[masked]).sum().float()
         use, perplexity = codebook_use(labels[real][:, None], self.config.classes)
-        count, seen = loss.new_tensor(batch.num_targets), loss.new_tensor(float(len(real)))
+        count, seen = loss.new_full((), batch.num_targets), loss.new_full((), float(len(real)))
         name = "label" if self.quantiser is None else "codebook"
         metrics = {
             "loss": (loss.detach(), count),

@@ -120,7 +120,7 @@ class BeatsTokenizer(Objective):
         errors = coded.errors.sum()
         total = len(real) - similarity + own.commitment * errors
         use, perplexity = codebook_use(coded.codes[:, None], own.codes)
-        count = total.new_tensor(float(len(real)))
+        count = total.new_full((), float(len(real)))
         metrics = {
             "loss": (total.detach(), count),
             "similarity": (similarity.detach(), count),

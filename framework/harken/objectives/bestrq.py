@@ -120,7 +120,7 @@ class Bestrq(Objective):
         loss = functional.cross_entropy(logits.flatten(0, 1), codes[masked].flatten(), reduction="sum") / own.codebooks
         hits = (logits.detach().argmax(-1) == codes[masked]).sum().float()
         use, perplexity = codebook_use(codes[batch.targets["real"]], own.codes)
-        count, frames = loss.new_tensor(batch.num_targets), loss.new_tensor(float(len(batch.targets["real"])))
+        count, frames = loss.new_full((), batch.num_targets), loss.new_full((), float(len(batch.targets["real"])))
         metrics = {
             "loss": (loss.detach(), count),
             "accuracy_masked": (hits, count * own.codebooks),

@@ -101,12 +101,12 @@ class Ctc(Recogniser):
         log_probs = self._classify(encoded.last)
         main = ctc_loss(log_probs, lengths, batch)
         total = main
-        count = main.new_tensor(batch.num_targets)
+        count = main.new_full((), batch.num_targets)
         real = real_mask(lengths, log_probs.shape[1], main.device)
         blanks = ((log_probs.detach().argmax(-1) == BLANK) & real).sum().float()
         metrics = {
             "loss": (main.detach(), count),
-            "blank_share": (blanks, main.new_tensor(float(lengths.sum()))),
+            "blank_share": (blanks, main.new_full((), float(lengths.sum()))),
         }
         if own.intermediate_layers:
             hidden = [

@@ -163,7 +163,7 @@ class Data2vec(Objective):
 
     def figures(self, total: Tensor, predicted: Tensor, target: Tensor, batch: Batch) -> Metrics:
         """Return what the log shows of a batch's predictions `(N, D)`; it is kept for the look for a collapse, too."""
-        count = total.new_tensor(batch.num_targets)
+        count = total.new_full((), batch.num_targets)
         moments = torch.stack([_moments(target), _moments(predicted.detach())])
         if self.training and batch.num_targets:
             self._moments = moments if self._moments is None else self._moments + moments

@@ -212,7 +212,7 @@ class Data2vec2(Data2vec):
 
         So it weighs as much as the other term whatever the batch; the original's grows with the batch.
         """
-        counts = (lengths * self.backbone.encoder.rows).to(targets.device)
+        counts = (lengths * self.backbone.encoder.rows).to(targets.device, non_blocking=True)
         real = real_mask(counts, targets.shape[1])
         mean = (targets * real[..., None]).sum(1) / counts.clamp(min=1)[:, None]
         return (self.errors(predicted, mean.repeat_interleave(self.config.clones, 0)) * mask.sum(1)).sum()

@@ -191,7 +191,7 @@ class Hubert(Objective):
             penalty = frames.float().square().mean() * batch.num_targets
         else:
             penalty = summed_mean_squares(frames, lengths, mask.sum(1))
-        metrics["features_penalty"] = (penalty.detach(), penalty.new_tensor(batch.num_targets))
+        metrics["features_penalty"] = (penalty.detach(), penalty.new_full((), batch.num_targets))
         total = self.add_terms(total + self.config.penalty_weight * penalty, encoded, batch, metrics)
         return Loss(total=encoded.penalised(total), metrics=metrics)
 
@@ -228,7 +228,7 @@ class Hubert(Objective):
         """Return the perplexity of labels `(N, C)`, a mean over codebooks, times N, and N."""
         classes = self.config.classes
         each = [codebook_use(labels[:, i, None].long(), size)[1] for i, size in enumerate(classes)]
-        count = each[0].new_tensor(float(len(labels)))
+        count = each[0].new_full((), float(len(labels)))
         return torch.stack(each).mean() * count, count
 
     def _make_head(self, books: tuple[int, ...]) -> UnitHead:
@@ -269,7 +269,7 @@ class Hubert(Objective):
         if self.config.layer_codebooks == "all":
             loss = loss / len(losses)
         name = "loss" if where == "masked" else "loss_unmasked"
-        metrics[name] = (loss.detach(), loss.new_tensor(float(len(labels))))
+        metrics[name] = (loss.detach(), loss.new_full((), float(len(labels))))
         metrics[f"accuracy_{where}"] = (
             torch.stack([right for right, _, _ in hits.values()]).sum(),
             torch.stack([count * books for _, count, books in hits.values()]).sum(),

@@ -255,7 +255,7 @@ class Recogniser(Objective):
         scores = self.attention(tokens, encoded.last, encoded.lengths)
         loss = attention_loss(scores, tokens, lengths, batch.targets["weight"], self.config.label_smoothing)
         return self.config.attention_weight * loss, {
-            "loss_attention": (loss.detach(), loss.new_tensor(batch.num_targets))
+            "loss_attention": (loss.detach(), loss.new_full((), batch.num_targets))
         }
 
     def attention_flops(self, frames: int) -> float:

@@ -123,10 +123,10 @@ class Transducer(Recogniser):
         own = self.config
         encoded = self.encode(batch)
         x, device = encoded.last, encoded.last.device
-        simple, pruned = self._losses(x, self._labels(batch, encoded.lengths.to(device)))
+        simple, pruned = self._losses(x, self._labels(batch, encoded.lengths.to(device, non_blocking=True)))
         done = (self.steps_taken / own.loss_warmup_steps).clamp(max=1.0)
         total = (1.0 - done * (1.0 - own.simple_weight)) * simple + (0.1 + 0.9 * done) * pruned
-        count = total.new_tensor(batch.num_targets)
+        count = total.new_full((), batch.num_targets)
         metrics = {"loss": (pruned.detach(), count), "loss_simple": (simple.detach(), count)}
         if self.ctc is not None:
             log_probs = functional.log_softmax(self.ctc(x).float(), dim=-1)

@@ -164,7 +164,7 @@ class Wav2vec2(Objective):
         contrast = -(logits.log_softmax(-1)[..., 0] * real).sum()
         diversity, health = own.diversity(quantised, real, counts)
         total = contrast + own.diversity_weight * diversity + own.penalty_weight * penalty
-        count = contrast.new_tensor(batch.num_targets)
+        count = contrast.new_full((), batch.num_targets)
         hits = (logits[..., 0] > logits[..., 1:].amax(-1)) & real
         figures = {"loss": contrast, "accuracy": hits.sum().float(), "features_penalty": penalty}
         metrics: Metrics = {name: (value.detach(), count) for name, value in figures.items()}

@@ -64,7 +64,8 @@ def _first_module(engine: Engine, seed: int, step: int, batch: Batch) -> str:
 
     hooks = [module.register_forward_hook(look) for module in names]
     try:
-        with torch.no_grad(), _buffers_kept(engine.model):
+        # compiled code does not call the hooks of what it is made of
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), _buffers_kept(engine.model):
             draws.begin_micro_batch(seed, step, batch.micro_batch)
             engine(batch)
     finally:

@@ -26,7 +26,7 @@ from harken.data.limits import LimitState
 from harken.data.loader import EvalLoader, TrainLoader
 from harken.data.streams.loader import StreamLoader
 from harken.data.streams.shards import is_stream
-from harken.engine.deepspeed import DeepSpeedEngine, group_names, leave_at_exit, start_processes
+from harken.engine.deepspeed import DeepSpeedEngine, group_names, leave_at_exit, start_processes, stay_at_exit
 from harken.engine.flight import record_flights
 from harken.engine.memory import GIB, refuse_above
 from harken.engine.precision import resolved
@@ -58,6 +58,7 @@ def run_training(config: RunConfig, folder: Path, make: MakeObjective, prepare: 
     spec: the frontend's frame arithmetic.
     """
     record_flights(folder)
+    stay_at_exit()
     start_processes(config.engine)
     config = replace(config, engine=resolved(config.engine))  # what was chosen is what is logged and saved
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,10 @@ def _learner(config: RunConfig, make: MakeObjective) -> _Learner:
         names.extend(group_names(groups))
         return cast(torch.optim.Optimizer, build("optimizer", config.optimizer, groups=groups))
 
-    engine = DeepSpeedEngine(model, make_optimizer, config.engine, config.train)
+    own = config.engine
+    if config.optimizer.whole_tensors and own.zero_stage == "auto":
+        own = replace(own, zero_stage=0)
+    engine = DeepSpeedEngine(model, make_optimizer, own, config.train)
     return _Learner(model, engine, _average(config, engine.model), names, rate_scale)
 
 

@@ -48,7 +48,7 @@ class RandomCodes(RandomProjection):
         first, many = self.spec.middle(self.window)
         places = first + torch.arange(frames * many, device=inputs.device)
         # a frame at the end may see less than it is long: then the last energies are taken twice
-        last = (counts.to(inputs.device) - 1).clamp(min=0)
+        last = (counts.to(inputs.device, non_blocking=True) - 1).clamp(min=0)
         row = torch.arange(len(energies), device=inputs.device)[:, None]
         windows = energies[row, torch.minimum(places, last[:, None])].unflatten(1, (frames, many))
         patches = windows.unflatten(3, (self.rows, -1)).transpose(2, 3).flatten(3)

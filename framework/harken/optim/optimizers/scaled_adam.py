@@ -100,8 +100,6 @@ class ScaledAdam(torch.optim.Optimizer):
     also has the `step` and, as `norm_N`, the past norms. All are functions of the steps taken.
     """
 
-    whole_tensors = True
-
     def __init__(self, config: ScaledAdamConfig, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(list(groups), {"lr": 0.0})
         self.config = config
