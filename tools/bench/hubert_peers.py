@@ -1,6 +1,6 @@
 """The two models of hubert_step.py, each of which takes training steps on batches that depend on the step alone.
 
-usage: hubert_peers.py {harken,hugging_face} OPTIONS.json, and then requests as in lockstep.py
+usage: hubert_peers.py {harken,harken_fasthubert,hugging_face} OPTIONS.json, and then requests as in lockstep.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """HuBERT Base of other toolkits for train_step.py, each with its own head and loss as its own training uses them.
 
-usage: toolkit_peers.py {harken,hugging_face,fairseq,minimal_hubert,torchaudio} OPTIONS.json; see lockstep.py
+usage: toolkit_peers.py PEER OPTIONS.json, PEER being a name of train_step.py --peers; see lockstep.py
 
 minimal_hubert is made of the layers of spidr, so its row is that of both. Masks and labels are the batch's wherever the
 toolkit takes them from outside; fairseq and torchaudio draw masks of the same law themselves, of which the number of

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from harken.config.agreement import check_agreement
 from harken.config.registry import SlotConfig
 from harken.config.rules import check_factors, check_numbers
 from harken.core.errors import HarkenError
@@ -374,39 +375,4 @@ class RunConfig:
     """When an alarm rings, and what it does."""
 
     def __post_init__(self) -> None:
-        rate = getattr(self.frontend, "sample_rate", self.data.sample_rate)
-        if rate != self.data.sample_rate:
-            raise HarkenError(
-                "`data.sample_rate` must equal `frontend.sample_rate`, so that audio is heard at the rate that it is "
-                f"read at, got {self.data.sample_rate} and {rate}"
-            )
-        if self.objective.whole_cuts and self.data.crop_seconds is not None:
-            raise HarkenError(
-                f"`data.crop_seconds` must be null with `objective.name: {self.objective.name}`, whose targets belong "
-                f"to whole cuts, got {self.data.crop_seconds:g}: leave longer cuts out with `data.max_seconds`"
-            )
-        if self.optimizer.whole_tensors and self.engine.zero_stage not in ("auto", 0):
-            raise HarkenError(
-                f"`engine.zero_stage` must be 0 with `optimizer.name: {self.optimizer.name}`, which needs each "
-                f"parameter whole, got {self.engine.zero_stage}: ZeRO gives a rank slices of many parameters strung "
-                "together; use stage 0, or `optimizer.name: adamw`"
-            )
-        if self.optimizer.whole_tensors and self.engine.offload_optimizer:
-            raise HarkenError(
-                f"`engine.offload_optimizer` must be false with `optimizer.name: {self.optimizer.name}`, which needs "
-                "each parameter whole: it needs ZeRO, which gives a rank slices"
-            )
-        if self.engine.compile and self.batch.max_seconds == "auto":
-            raise HarkenError(
-                "`batch.max_seconds` must be a number with `engine.compile`, as compiling is no part of what a batch "
-                "takes: let `harken tune-batch` measure without it"
-            )
-        if self.train.patience and self.data.valid is None:
-            raise HarkenError("`train.patience` counts validations: it needs `data.valid`, which is not given")
-        longest = self.data.crop_seconds or self.data.max_seconds
-        key = "seconds_per_step" if self.batch.max_seconds == "auto" else "max_seconds"
-        if longest > getattr(self.batch, key):
-            raise HarkenError(
-                f"`batch.{key}` must hold the longest cut (`data.crop_seconds` or `data.max_seconds`), "
-                f"got {getattr(self.batch, key)} and {longest}"
-            )
+        check_agreement(self)
