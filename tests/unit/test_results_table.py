@@ -67,7 +67,7 @@ def test_a_table_of_other_starts_has_costs_and_a_baseline_of_its_own(tool: Modul
     lines = tool.table(rows, layout).splitlines()
     assert "CER below A, CTC: test, test-unseen" in lines[0]
     assert lines[2:] == [
-        "| 30 min | A, CTC | 40.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 | 80.0 ± 0.0 |  | 2 | 4.5 | 2.50 | 3.00 |",
+        "| 30 min | A, CTC | 40.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 | 80.0 ± 0.0 |  | 2 | 4.5 | 2.00 | 3.00 |",
         "| 30 min | B, CTC | 30.0 | 60.0 | 40.0 | 60.0 | 25 %, 20 % | 1 | 3.0 | 1.50 | 1.25 |",
     ]
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
