@@ -39,28 +39,27 @@ def records(folder: Path, config: Path, *overrides: str) -> list[dict[str, Any]]
     return [line for line in lines if line["kind"] == "train"]
 
 
-def compare(corpus: Any, folder: Path, *encoder: str) -> None:
-    config = corpus.yaml(folder, "hubert", "filterbank")
-    plain = records(folder / "plain", config, *encoder)
-    compiled = records(folder / "compiled", config, *encoder, "engine.compile=true")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("encoder", "backend"),
+    [
+        pytest.param(PLAIN, "inductor", marks=needs_compiler),
+        ([ZIPFORMER], "aot_eager"),  # traced as always, but not compiled to C++, which takes minutes
+    ],
+    ids=["transformer", "zipformer"],
+)
+def test_compiled_blocks_learn_the_same_and_ragged_batches_share_their_graphs(
+    corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: list[str], backend: str
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+    config = corpus.yaml(tmp_path, "hubert", "filterbank")
+    plain = records(tmp_path / "plain", config, *encoder)
+    compiled = records(tmp_path / "compiled", config, *encoder, "engine.compile=true")
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-3)
     made = [line["compiled_graphs"] for line in compiled]
     assert made[0] > 0
     assert sum(made[2:]) == 0, f"graphs made in two steps each: {made}"
     assert not any("compiled_graphs" in line for line in plain)
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_compiled_blocks_learn_the_same_and_ragged_batches_share_their_graphs(corpus, tmp_path: Path) -> None:
-    compare(corpus, tmp_path, *PLAIN)
-
-
-@pytest.mark.slow
-def test_blocks_with_schedules_and_limits_do_too(corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # traced as always, but not compiled to C++, which takes minutes
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
-    compare(corpus, tmp_path, ZIPFORMER)
 
 
 def test_an_encoder_without_blocks_is_refused(corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,20 @@ class Peer(Protocol):
         ...
 
 
+def random_targets(
+    rng: np.random.Generator, span: SpanMask, rows: int, frames: int, classes: int
+) -> tuple[dict[str, Tensor], float]:
+    """Return masks and labels `(rows, frames)` as HuBERT's `prepare` makes them, and the number of masked frames."""
+    mask = np.stack([span.draw(frames, rng) for _ in range(rows)])
+    targets = {
+        "labels": rng.integers(0, classes, (rows, frames, 1)),
+        "mask": mask,
+        "masked": np.flatnonzero(mask),
+        "unmasked": np.flatnonzero(~mask),
+    }
+    return {name: torch.from_numpy(values) for name, values in targets.items()}, float(mask.sum())
+
+
 def make_batch(options: Options, step: int) -> Batch:
     """Return the noise, masks and labels of a step; HuBERT Base's masks, no padding."""
     own = WaveformConfig(name="waveform")
@@ -79,19 +93,13 @@ def make_batch(options: Options, step: int) -> Batch:
     frames = int(FrameSpec(windows, own.sample_rate).num_frames(samples))
     rng = draws.Draws(options.seed, step).generator("benchmark")
     inputs = rng.standard_normal((options.batch, samples), dtype=np.float32) * 0.1
-    mask = np.stack([SpanMask().draw(frames, rng) for _ in range(options.batch)])
-    targets = {
-        "labels": torch.from_numpy(rng.integers(0, CLASSES, (options.batch, frames, 1))),
-        "mask": torch.from_numpy(mask),
-        "masked": torch.from_numpy(np.flatnonzero(mask)),
-        "unmasked": torch.from_numpy(np.flatnonzero(~mask)),
-    }
+    targets, count = random_targets(rng, SpanMask(), options.batch, frames, CLASSES)
     return Batch(
         ids=tuple(f"noise-{row}" for row in range(options.batch)),
         inputs=torch.from_numpy(inputs),
         lengths=torch.full((options.batch,), samples),
         targets=targets,
-        num_targets=float(mask.sum()),
+        num_targets=count,
     )
 
 
@@ -190,14 +198,8 @@ class FastHubert(Harken):
         own, frames = cast(Any, self.config.objective), int(self.model.backbone.spec.num_frames(batch.inputs.shape[1]))
         rng = draws.Draws(self.options.seed, step).generator("fast")
         span = SpanMask(probability=own.mask_probability, length=own.mask_length)
-        mask = np.stack([span.draw(frames, rng) for _ in batch.ids])
-        targets = {
-            "labels": torch.from_numpy(rng.integers(0, CLASSES, (len(batch.ids), frames, 1))),
-            "mask": torch.from_numpy(mask),
-            "masked": torch.from_numpy(np.flatnonzero(mask)),
-            "unmasked": torch.from_numpy(np.flatnonzero(~mask)),
-        }
-        return super().step(replace(batch, targets=targets, num_targets=float(mask.sum())), step)
+        targets, count = random_targets(rng, span, len(batch.ids), frames, CLASSES)
+        return super().step(replace(batch, targets=targets, num_targets=count), step)
 
 
 class Codes(nn.Module):

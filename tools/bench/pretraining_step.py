@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from apart import measured_apart, write_figures
+from hubert_peers import random_targets
 
 from harken.config.load import load
 from harken.config.registry import build
@@ -49,15 +50,13 @@ def noise(args: argparse.Namespace, config: Any, spec: FrameSpec) -> Batch:
     rng, samples = np.random.default_rng(1), int(args.seconds * RATE)
     frames = int(spec.num_frames(samples))
     span = SpanMask(probability=config.objective.mask_probability, length=config.objective.mask_length)
-    mask = np.stack([span.draw(frames, rng) for _ in range(args.batch)])
-    labels = rng.integers(0, config.objective.classes[0], (args.batch, frames, 1))
-    targets = {"labels": labels, "mask": mask, "masked": np.flatnonzero(mask), "unmasked": np.flatnonzero(~mask)}
+    targets, count = random_targets(rng, span, args.batch, frames, config.objective.classes[0])
     return Batch(
         ids=tuple(f"noise-{row}" for row in range(args.batch)),
         inputs=torch.from_numpy(rng.standard_normal((args.batch, samples), dtype=np.float32)),
         lengths=torch.full((args.batch,), samples),
-        targets={name: torch.from_numpy(values) for name, values in targets.items()},
-        num_targets=float(mask.sum()),
+        targets=targets,
+        num_targets=count,
     )
 
 

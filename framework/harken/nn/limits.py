@@ -44,6 +44,7 @@ class _Balance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the changed gradient of `x`, of its shape and in the type of what came; None for the rest."""
         x, active, bounds = ctx.saved_tensors
         (grad,) = grads
         low_mean, high_mean, low_rms, high_rms = bounds.to(x.device, non_blocking=True).unbind()
