@@ -38,7 +38,8 @@ def gradients_before_step(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 def main(out: Path, configs: list[Path]) -> None:
     for path in configs:
         for stage in (0, 2):
-            config = load([path], [f"engine.zero_stage={stage}"]).config
+            changes = [f"engine.zero_stage={stage}", *(["engine.bucket_elements=1000"] if stage == 0 else [])]
+            config = load([path], changes).config
             start_processes(config.engine)
             prepare, spec = preparers(config)
             folder = out / f"run-{path.stem}-{stage}"

@@ -1,10 +1,10 @@
 """Trains with memory that runs out: an objective that says so, on one rank of several.
 
 usage: worker_memory.py PLAN.json, a list of {"processes": N, "jobs": [[CONFIG, EXP, OUT, FAULTS], ...]}. FAULTS is
-{"forward": STEP, "backward": STEP, "cut": STEP, "steps": N}: in those steps memory runs out once on the last rank (in
-the forward pass, or when the backward pass is almost through), or whenever one of its cuts is in a batch; {"padded":
-SECONDS} measures the batch size with a last rank that holds no more than that. Each rank writes OUT.rankN.json, rank 0
-OUT.pt.
+{"forward": STEP, "backward": STEP, "last": STEP, "cut": STEP, "steps": N}: in those steps memory runs out once on the
+last rank (in the forward pass, or when the backward pass of the first or of the last batch is almost through), or
+whenever one of its cuts is in a batch; {"padded": SECONDS} measures the batch size with a last rank that holds no more
+than that. Each rank writes OUT.rankN.json, rank 0 OUT.pt.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Faults:
     def __init__(self) -> None:
         self.place = self.cut = ""
         self.padded = float("inf")
+        self.left = 0  # passes of this step
 
     def strike(self, where: str) -> None:
         if self.place == where:
@@ -49,6 +50,7 @@ class Faults:
         forward = objective.forward
 
         def faulty(batch: Batch) -> Loss:
+            self.left -= 1
             if len(batch.ids) > 1:
                 self.strike("forward")
             if self.cut in batch.ids or batch.padded > self.padded * 16000:
@@ -56,7 +58,7 @@ class Faults:
             return forward(batch)
 
         first = next(parameter for name, parameter in objective.named_parameters() if "frontend" in name)
-        first.register_hook(lambda grad: self.strike("backward"))
+        first.register_hook(lambda grad: self.strike("backward" if self.left else "last"))
         objective.forward = faulty  # type: ignore[method-assign]
         return objective
 
@@ -83,16 +85,21 @@ def work(path: str, exp: str, out: str, faults: dict[str, Any]) -> None:
         step = run.state.step + 1
         if step > faults["steps"]:
             break
-        injected.place = next((name for name in ("forward", "backward") if last and faults.get(name) == step), "")
+        injected.place = next(
+            (name for name in ("forward", "backward", "last") if last and faults.get(name) == step), ""
+        )
+        injected.left = len(data.batches) + len(data.idle)
         (name,) = distributed.gather([data.batches[0].ids[0]] if last else [])
         injected.cut = name if faults.get("cut") == step else ""
         noting(run.engine, gradients)
+        spoiled = breaking_off(run.engine)
         applied = take_step(run, data)
         advance(run, data)
         limits = run.loader.planner.limits.now
         rows.append(
             {"applied": applied, "weights": digest(run.engine), "norm": run.engine.grad_norm, "cut": injected.cut}
         )
+        rows[-1]["spoiled"] = sum(spoiled)
         rows[-1].update(
             limits=limits.rows, least=limits.least, noted=run.state.noted, ids=[b.ids for b in data.batches]
         )
@@ -113,6 +120,19 @@ def noting(engine: DeepSpeedEngine, gradients: list[torch.Tensor]) -> None:
         return take_step(engine)
 
     engine.step = step  # type: ignore[method-assign]
+
+
+def breaking_off(engine: DeepSpeedEngine) -> list[bool]:
+    """Note of every time that this rank gives a step's gradient up before the others know whether parts were sent."""
+    found: list[bool] = []
+
+    def abandon() -> None:
+        buckets = engine._buckets
+        found.append(buckets is not None and 0 < buckets.sent < buckets.number)
+        type(engine).abandon(engine)
+
+    engine.abandon = abandon  # type: ignore[method-assign]
+    return found
 
 
 if __name__ == "__main__":

@@ -247,9 +247,10 @@ class EngineConfig:
     """Keep the optimiser's state in the host's memory. DeepSpeed `zero_optimization.offload_optimizer`."""
     threads: int = 0
     """CPU threads of a rank; 0 divides the machine's cores among its ranks."""
-    bucket_elements: int = 50_000_000
-    """What ZeRO reduces and gathers at a time: DeepSpeed's `reduce_bucket_size` and `allgather_bucket_size`, which
-    count numbers, of float32 four bytes each."""
+    bucket_elements: int = 10_000_000
+    """Numbers, of float32 four bytes each, that are reduced and gathered at a time: small enough that sending begins
+    early in the backward pass, large enough to use the network. Under ZeRO 1 to 3 DeepSpeed's `reduce_bucket_size` and
+    `allgather_bucket_size`."""
     timeout_seconds: int = 600
     """How long a run may make no progress before it is ended, its stacks are written and the rank is named that the
     others wait for; three times as long until the first step is over, while validating and while saving."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Work
 
 _T = TypeVar("_T")
 
@@ -56,6 +57,12 @@ def sum_tensor(values: Tensor) -> Tensor:
     summed = values.clone()
     dist.all_reduce(summed)
     return summed
+
+
+def begin_sum(values: Tensor) -> Work:
+    """Begin to sum a tensor over ranks in its place; it must not be touched before the returned work's `wait`."""
+    work: Work = dist.all_reduce(values, async_op=True)
+    return work
 
 
 def least_of_ranks(value: float) -> float:

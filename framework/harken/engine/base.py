@@ -32,14 +32,26 @@ class Engine(Protocol):
 
     @property
     def local_passes(self) -> bool:
-        """Whether ranks send nothing before `reduce`, so that one may run its passes again while the others wait."""
+        """Whether no pass but the step's last sends anything, so that a rank may run its passes again.
+
+        The others wait meanwhile, and all is well as long as it has not `sent` anything.
+        """
+        ...
+
+    @property
+    def sent(self) -> bool:
+        """Whether a part of this step's gradient is on its way: then all ranks repeat a step that one cannot finish."""
         ...
 
     def backward(self, total: Tensor, *, last: bool) -> None:
-        """Add the gradient of `total`; `last` says that it is the step's last pass.
+        """Add the gradient of `total`; `last` says that it is the step's last pass, whose gradient may be sent.
 
         Gradients are summed over ranks and micro-batches, never averaged.
         """
+        ...
+
+    def begin_reduce(self) -> None:
+        """Send what the passes have not sent; every rank calls it after them, before it asks the others anything."""
         ...
 
     def reduce(self, scale: float = 1.0) -> None:
@@ -47,7 +59,10 @@ class Engine(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Forget the gradients of this step's passes, those that failed halfway included."""
+        """Forget the gradients of this step's passes, those that failed halfway included.
+
+        A rank that has sent a part of them still calls `begin_reduce`, as the others wait for the rest.
+        """
         ...
 
     def recover(self, batch: Batch, *, last: bool) -> None:

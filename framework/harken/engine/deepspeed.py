@@ -25,6 +25,7 @@ from harken.core.batch import Batch
 from harken.core.errors import HarkenError
 from harken.core.loss import Loss
 from harken.core.zero import fastest_stage
+from harken.engine.buckets import GradientBuckets
 from harken.engine.gather import Partitions
 from harken.engine.memory import GIB, device_gib
 from harken.engine.partitioned import PartialPass, forget_partitions, forget_pass
@@ -176,11 +177,15 @@ class DeepSpeedEngine:
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=trainable, config=settings, dist_init_required=False
         )
-        self._alone = distributed.world_size() == 1 and config.zero_stage == 0
-        if self._alone:  # DeepSpeed would still copy all gradients into a buffer and back: a copy's time and memory
+        self._buckets: GradientBuckets | None = None
+        if config.zero_stage == 0:
+            parameters = list(model.parameters())
+            # DeepSpeed would reduce after the backward pass, and one process would still copy all gradients and back
             self._engine.enable_backward_allreduce = False
-        if config.zero_stage == 0:  # its own goes through all modules by name, which takes as long as clipping
-            self._engine.zero_grad = partial(_forget, list(model.parameters()))
+            if distributed.world_size() > 1:
+                self._buckets = GradientBuckets(parameters, config.bucket_elements)
+            # its own goes through all modules by name, which takes as long as clipping
+            self._engine.zero_grad = partial(_forget, parameters)
         self._unreduced, self._waiting = ExitStack(), False  # ZeRO 1 between its first backward and `reduce`
         self._partial = PartialPass(self._engine.optimizer) if config.zero_stage == 2 else None
         self.model: nn.Module = self._engine.module
@@ -201,11 +206,22 @@ class DeepSpeedEngine:
 
     @property
     def local_passes(self) -> bool:
-        """With whole gradients on each rank, they are reduced once, after the step's passes."""
+        """With whole gradients on each rank, they are reduced once: in the last of the step's passes or after it."""
         return self.config.zero_stage in (0, 1)
 
+    @property
+    def sent(self) -> bool:
+        """See `Engine`; ZeRO 1 sends nothing before `reduce`."""
+        return self._buckets is not None and self._buckets.sent > 0
+
     def backward(self, total: Tensor, *, last: bool) -> None:
-        """Add the gradient of `total`; ZeRO 2 and 3 reduce it meanwhile, in every pass."""
+        """Add the gradient of `total`; ZeRO 0 reduces it meanwhile in the last pass, ZeRO 2 and 3 in every pass."""
+        if self.config.zero_stage == 0:
+            if last and self._buckets is not None:
+                self._buckets.watch(total)
+            self._engine.set_gradient_accumulation_boundary(False)
+            self._engine.backward(total, scale_wrt_gas=False)
+            return
         self._wait_with_reducing()
         self._engine.set_gradient_accumulation_boundary(last and not self.local_passes)
         # DeepSpeed averages over ranks, harken sums
@@ -218,11 +234,19 @@ class DeepSpeedEngine:
             self._unreduced.enter_context(self._engine.coalesce_grad_reduction())
             self._waiting = True
 
+    def begin_reduce(self) -> None:
+        """Send the gradients that the last pass has not sent."""
+        if self._buckets is not None:
+            self._buckets.send_rest()
+
     def reduce(self, scale: float = 1.0) -> None:
         """Reduce the step's gradient over the ranks, times `scale`; under ZeRO 2 and 3 it is reduced already."""
         if not self.local_passes:
             return
-        self._wait_with_reducing()  # where nothing was left to run
+        if self.config.zero_stage == 1:
+            self._wait_with_reducing()  # where nothing was left to run
+        if self._buckets is not None:
+            self._buckets.finish()
         self._zero_missing_gradients()
         if scale != 1.0:
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -232,11 +256,11 @@ class DeepSpeedEngine:
             self._waiting = False
             self._unreduced.close()
             self._engine.set_gradient_accumulation_boundary(True)  # closing put it back
-        elif not self._alone:
-            self._engine.allreduce_gradients()
 
     def abandon(self) -> None:
         """Forget the gradients of this step's passes, those that failed halfway included."""
+        if self._buckets is not None:
+            self._buckets.forget()
         for parameter in self.model.parameters():
             parameter.grad = None
         if self.config.zero_stage:

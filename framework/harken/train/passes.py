@@ -2,9 +2,10 @@
 
 Every rank must make the same collectives, whatever happens to one of them. There are two cases:
 
-- Passes are local (ZeRO 0 and 1: gradients are reduced once, after them). The rank whose memory ran out forgets the
-  step's gradients, halves the batch that did not fit and runs its passes again, while the others wait for it at the
-  agreement that follows the passes.
+- Passes are local (ZeRO 0 and 1: gradients are reduced once). The rank whose memory ran out forgets the step's
+  gradients, halves the batch that did not fit and runs its passes again, while the others wait for it at the agreement
+  that follows the passes. The last pass of ZeRO 0 sends gradients as they come: a rank that had sent some sends zeros
+  for the rest, the agreement tells the others, and all run the step's passes again and send after them.
 - Passes send gradients (ZeRO 2). The rank finishes the pass with a small batch, so that it sends what the others wait
   for, and goes on with small batches to the end. Then all ranks know of it, forget the step's gradients, and run all
   passes again, the batch in halves.
@@ -94,20 +95,29 @@ class StepRunner:
         return max(distributed.sum_over_ranks([sum(batch.num_targets for _, batch in work)])[0], 1.0)
 
     def _run_local(self, work: Work, idle: list[Batch], number: int, targets: float) -> Passes:
-        passes = Passes()
-        lost = 0.0
-        while (failed := self.attempt(passes, work, idle, number, targets)) is not None:
+        passes, lost, spoiled, sending = Passes(), 0.0, False, True
+        while True:
+            failed = self.attempt(passes, work, idle, number, targets, sending=sending)
+            if failed is not None:
+                spoiled = self.engine.sent
+                self.engine.abandon()
+                free()
+                if failed < len(work):
+                    lost += work[failed][1].num_targets if passes.failures[-1].alone else 0.0
+                    work[failed : failed + 1] = self._halves(work[failed][0])
+                else:
+                    idle = []
+                if not spoiled:
+                    continue
+            self.engine.begin_reduce()
+            failures, all_lost, repeat = distributed.sum_over_ranks([len(passes.failures), lost, spoiled])
+            if not repeat:
+                break
             self.engine.abandon()
-            free()
-            if failed < len(work):
-                lost += work[failed][1].num_targets if passes.failures[-1].alone else 0.0
-                work[failed : failed + 1] = self._halves(work[failed][0])
-            else:
-                idle = []
-        failures, lost = distributed.sum_over_ranks([float(len(passes.failures)), lost])
+            spoiled, sending = False, False
         if failures:
             passes.failures = distributed.gather(passes.failures)
-            passes.scale = targets / max(targets - lost, 1.0)
+            passes.scale = targets / max(targets - all_lost, 1.0)
         return passes
 
     def _run_sending(self, work: Work, idle: list[Batch], number: int, targets: float) -> Passes:
@@ -141,15 +151,20 @@ class StepRunner:
             ) from error
         return self.loader
 
-    def attempt(self, passes: Passes, work: Work, idle: list[Batch], number: int, targets: float) -> int | None:
-        """Run passes until one fails; return its place. Where passes send, run all of them, small ones in its stead."""
+    def attempt(
+        self, passes: Passes, work: Work, idle: list[Batch], number: int, targets: float, *, sending: bool = True
+    ) -> int | None:
+        """Run passes until one fails; return its place. Where passes send, run all of them, small ones in its stead.
+
+        sending: let the last of local passes send its gradients as they come.
+        """
         passes.done.clear()
         cast(Trainable, self.engine.model).begin_passes()
         # what counts what it has seen sees by this that a pass without weight is none to count
         batches = [*(batch for _, batch in work), *(replace(batch, num_targets=0.0) for batch in idle)]
         failed, small = None, None
         for place, batch in enumerate(batches):
-            last = place == len(batches) - 1
+            last = sending and place == len(batches) - 1
             if small is not None:
                 self.engine.backward(self.engine(small).total * 0.0, last=last)
                 continue

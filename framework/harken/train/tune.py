@@ -129,6 +129,9 @@ class Tuner:
                 raise
             made, batch = False, self.loader.smallest()
         failed = self.runner.attempt(Passes(), [(task, batch)], [], 0, max(batch.num_targets, 1.0))
+        if failed is not None and self.engine.local_passes:
+            self.engine.abandon()
+        self.engine.begin_reduce()
         if distributed.any_rank(failed is not None or not made):
             self.engine.abandon()
             return None
