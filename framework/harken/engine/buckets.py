@@ -19,6 +19,8 @@ from harken.core import distributed
 
 SMALL = 2**14
 """Numbers of a parameter up to which it is sent last."""
+ALIGNED = 16
+"""Every gradient begins at a multiple of as many numbers, where the fused kernels of optimisers read several at once."""
 
 
 @dataclass
@@ -42,10 +44,11 @@ class Bucket:
     def send(self) -> Work:
         """Begin the sum of its gradients, which become parts of one tensor; a missing one counts as zero."""
         first = self.parameters[0]
-        whole = torch.empty(self.size, dtype=first.dtype, device=first.device)
+        room = [-(-parameter.numel() // ALIGNED) * ALIGNED for parameter in self.parameters]
+        whole = torch.empty(sum(room), dtype=first.dtype, device=first.device)
         parts = [
-            part.as_strided(parameter.size(), parameter.stride())  # as the optimiser's fused kernels ask for
-            for part, parameter in zip(whole.split([p.numel() for p in self.parameters]), self.parameters, strict=True)
+            part.as_strided(parameter.size(), parameter.stride())  # those kernels ask for the layout of the parameter
+            for part, parameter in zip(whole.split(room), self.parameters, strict=True)
         ]
         pairs = list(zip(parts, self.parameters, strict=True))
         found = [(part, parameter.grad) for part, parameter in pairs if parameter.grad is not None]
