@@ -20,7 +20,7 @@ from harken.core import distributed
 SMALL = 2**14
 """Numbers of a parameter up to which it is sent last."""
 ALIGNED = 16
-"""Every gradient begins at a multiple of as many numbers, where the fused kernels of optimisers read several at once."""
+"""Every gradient begins at a multiple of as many numbers, where optimisers' fused kernels read several at once."""
 
 
 @dataclass
