@@ -123,6 +123,8 @@ start_commands() { # METHOD
 
 start_configuration() { # METHOD
   printf '%s\n' "$compared/models/$1/model.yaml" ${conf:+"$conf"} encoder.dropout=0.2
+  # a Transformer stays blank at the rate of the Conformer (docs/LOG.md)
+  case "$1" in beats | data2vec2 | eat | mrhubert | wavlm) echo schedule.peak=4e-4 ;; esac
 }
 
 stage 4 rows "$compared/models/" "$compared/rows/" rows 30 30 "$seeds" "$methods" \
