@@ -56,18 +56,22 @@ class Options:
 
 
 class Peer(Protocol):
-    """One of the two: built after its imports, from one set of weights (`folder/weights.safetensors`)."""
+    """A model that takes steps, built after its imports; see `ComparedPeer` for `folder`."""
 
     def build(self, folder: Path) -> int:
         """Make the model and its optimiser; return the number of parameters."""
         ...
 
-    def encode(self, batch: Batch) -> tuple[Tensor, float]:
-        """Return the last hidden states `(B, T, D)` of unmasked audio, and the mean loss, without dropout."""
-        ...
-
     def step(self, batch: Batch, step: int) -> tuple[float, float]:
         """Take a training step; return its seconds and mean loss."""
+        ...
+
+
+class ComparedPeer(Peer, Protocol):
+    """One of the two of hubert_step.py: built from one set of weights (`folder/weights.safetensors`)."""
+
+    def encode(self, batch: Batch) -> tuple[Tensor, float]:
+        """Return the last hidden states `(B, T, D)` of unmasked audio, and the mean loss, without dropout."""
         ...
 
 
@@ -169,7 +173,7 @@ class Harken:
         return optimizer
 
     def encode(self, batch: Batch) -> tuple[Tensor, float]:
-        """See `Peer`."""
+        """See `ComparedPeer`."""
         with _evaluating(self.model):
             total, count = self.model(batch).metrics["loss"]
             return self.model.backbone(batch.inputs, batch.lengths).last, float(total / count)
@@ -263,10 +267,6 @@ class PlainLoop:
         )
         return parameters_of(self.model)
 
-    def encode(self, batch: Batch) -> tuple[Tensor, float]:
-        """See `Peer`; only a model of equal weights has it."""
-        raise NotImplementedError("its weights are its own: there is nothing to compare")
-
     def step(self, batch: Batch, step: int) -> tuple[float, float]:
         """See `Peer`."""
         torch.manual_seed(draws.key(self.options.seed, step) & (2**63 - 1))
@@ -301,7 +301,7 @@ class HuggingFace(PlainLoop):
         return count
 
     def encode(self, batch: Batch) -> tuple[Tensor, float]:
-        """See `Peer`."""
+        """See `ComparedPeer`."""
         with _evaluating(self.model):
             hubert = cast(nn.Module, self.model.hubert)
             return hubert(batch.inputs).last_hidden_state, float(self.model(batch))
@@ -344,7 +344,7 @@ PEERS: dict[str, Callable[[Options], Peer]] = {
 
 
 def answer_for(peer: Peer, options: Options) -> Answer:
-    """Return what answers `build`, `encode`, `step` and `memory` for a peer that has imported what it needs."""
+    """Return what answers `build`, `step`, `memory` and, of a `ComparedPeer`, `encode`; its imports are made."""
     on_gpu = options.device == "cuda"
     after_imports = 0 if on_gpu else _memory_now()
 
@@ -352,7 +352,7 @@ def answer_for(peer: Peer, options: Options) -> Answer:
         if request == "build":
             return {"parameters": peer.build(Path(arguments["folder"]))}
         if request == "encode":
-            hidden, loss = peer.encode(make_batch(options, CHECK))
+            hidden, loss = cast(ComparedPeer, peer).encode(make_batch(options, CHECK))
             np.save(arguments["out"], hidden.numpy())
             return {"loss": loss}
         if request == "step":

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -216,16 +216,13 @@ class DeepSpeedEngine:
 
     def backward(self, total: Tensor, *, last: bool) -> None:
         """Add the gradient of `total`; ZeRO 0 reduces it meanwhile in the last pass, ZeRO 2 and 3 in every pass."""
-        if self.config.zero_stage == 0:
-            if last and self._buckets is not None:
-                self._buckets.watch(total)
-            self._engine.set_gradient_accumulation_boundary(False)
-            self._engine.backward(total, scale_wrt_gas=False)
-            return
         self._wait_with_reducing()
         self._engine.set_gradient_accumulation_boundary(last and not self.local_passes)
-        # DeepSpeed averages over ranks, harken sums
-        self._engine.backward(total * distributed.world_size(), scale_wrt_gas=False)
+        if self.config.zero_stage:
+            total = total * distributed.world_size()  # DeepSpeed averages over ranks, harken and its buckets sum
+        elif last and self._buckets is not None:
+            self._buckets.watch(total)
+        self._engine.backward(total, scale_wrt_gas=False)
         if self._partial is not None:
             self._partial.finished()
 
@@ -243,11 +240,11 @@ class DeepSpeedEngine:
         """Reduce the step's gradient over the ranks, times `scale`; under ZeRO 2 and 3 it is reduced already."""
         if not self.local_passes:
             return
-        if self.config.zero_stage == 1:
-            self._wait_with_reducing()  # where nothing was left to run
+        self._wait_with_reducing()  # where nothing was left to run
         if self._buckets is not None:
-            self._buckets.finish()
-        self._zero_missing_gradients()
+            self._buckets.finish()  # what is missing was sent as zeros
+        else:
+            self._zero_missing_gradients()
         if scale != 1.0:
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             torch._foreach_mul_(gradients, scale)
@@ -261,8 +258,8 @@ class DeepSpeedEngine:
         """Forget the gradients of this step's passes, those that failed halfway included."""
         if self._buckets is not None:
             self._buckets.forget()
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        else:
+            _forget(self.model.parameters())
         if self.config.zero_stage:
             forget_pass(self._engine.optimizer)
         if self.config.zero_stage == 2:
@@ -376,7 +373,7 @@ class DeepSpeedEngine:
             setattr(self._engine, name, details["counters"][name])
 
 
-def _forget(parameters: Sequence[nn.Parameter]) -> None:
+def _forget(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
 

@@ -95,11 +95,11 @@ class StepRunner:
         return max(distributed.sum_over_ranks([sum(batch.num_targets for _, batch in work)])[0], 1.0)
 
     def _run_local(self, work: Work, idle: list[Batch], number: int, targets: float) -> Passes:
-        passes, lost, spoiled, sending = Passes(), 0.0, False, True
+        passes, lost, sending = Passes(), 0.0, True
         while True:
             failed = self.attempt(passes, work, idle, number, targets, sending=sending)
             if failed is not None:
-                spoiled = self.engine.sent
+                sent = self.engine.sent
                 self.engine.abandon()
                 free()
                 if failed < len(work):
@@ -107,14 +107,14 @@ class StepRunner:
                     work[failed : failed + 1] = self._halves(work[failed][0])
                 else:
                     idle = []
-                if not spoiled:
+                if not sent:
                     continue
             self.engine.begin_reduce()
-            failures, all_lost, repeat = distributed.sum_over_ranks([len(passes.failures), lost, spoiled])
+            failures, all_lost, repeat = distributed.sum_over_ranks([len(passes.failures), lost, failed is not None])
             if not repeat:
                 break
             self.engine.abandon()
-            spoiled, sending = False, False
+            sending = False
         if failures:
             passes.failures = distributed.gather(passes.failures)
             passes.scale = targets / max(targets - all_lost, 1.0)

@@ -129,8 +129,8 @@ class Tuner:
                 raise
             made, batch = False, self.loader.smallest()
         failed = self.runner.attempt(Passes(), [(task, batch)], [], 0, max(batch.num_targets, 1.0))
-        if failed is not None and self.engine.local_passes:
-            self.engine.abandon()
+        if failed is not None and self.engine.sent:
+            self.engine.abandon()  # the rest, which the others wait for, takes memory
         self.engine.begin_reduce()
         if distributed.any_rank(failed is not None or not made):
             self.engine.abandon()
