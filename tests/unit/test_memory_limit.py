@@ -1,7 +1,8 @@
-"""The limit on a CPU's memory is one on what is used, not on what is reserved."""
+"""A CPU's memory: the limit is one on what is used, not on what is reserved; what is set free is kept without one."""
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 
@@ -41,3 +42,34 @@ def test_what_is_reserved_and_not_used_takes_no_room(renew: str) -> None:
     assert done.stderr == ""
     expected = ["refused while 120 MB are reserved", "there is room", "refused above the limit"]
     assert done.stdout.splitlines() == expected
+
+
+KEEPS = """
+import resource
+import torch
+from harken.engine.memory import at_most, keep_what_is_free
+
+def pages():
+    torch.ones(26 * 2**20)  # more than the next, which needs room for its alignment
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25 * 2**20)  # 100 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print("returned", pages())
+keep_what_is_free()
+print("kept", pages())
+with at_most(100.0):
+    print("returned", pages())
+print("kept", pages())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc's memory")
+def test_memory_that_is_set_free_is_used_again_without_asking_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+    words = [line.split() for line in done.stdout.splitlines()]
+    assert [word for word, _ in words] == ["returned", "kept", "returned", "kept"]
+    whole = 100 * 2**20 // resource.getpagesize()
+    for word, pages in words:
+        assert int(pages) < whole / 10 if word == "kept" else int(pages) > whole / 2

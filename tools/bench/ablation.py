@@ -27,6 +27,7 @@ from harken.config.registry import build
 from harken.core import draws
 from harken.core.files import write_json_atomic
 from harken.encoders.backbone import build_backbone
+from harken.engine.memory import keep_what_is_free
 from harken.frontends import waveform
 from harken.nn import attention, dropout, positions
 from harken.optim.groups import parameter_groups
@@ -84,6 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     """Return the processor's seconds of the steps of each variant; the first round warms up and is not among them."""
     torch.set_num_threads(args.threads)
+    keep_what_is_free()  # as harken trains
     options = Options(args.layers, args.seconds, args.batch, args.threads, "fp32", "sdpa", 0.0, args.seed)
     changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={args.layers}"]
     config = load(["hubert_base"], [*changes, "encoder.layer_drop=0"]).config

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from harken.core.batch import Batch
 from harken.core.files import write_json_atomic
+from harken.engine.memory import keep_what_is_free
 
 STAGES = ("plain", "0", "1", "2", "3")
 WAITS = 900.0  # seconds for the ranks of a loop to take a step
@@ -64,7 +65,9 @@ class Objective(nn.Module):
 
 
 def plain(options: Options) -> nn.Module:
-    """Return the model for a plain loop, under DDP where there are several processes."""
+    """Return a model in plain torch that keeps memory as harken does, under DDP where there are several processes."""
+    if options.device == "cpu":
+        keep_what_is_free()  # it is no part of what DeepSpeed costs
     model = Objective(options).to(options.device)
     if int(os.environ["WORLD_SIZE"]) == 1:
         return model

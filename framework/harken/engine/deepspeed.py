@@ -27,7 +27,7 @@ from harken.core.loss import Loss
 from harken.core.zero import fastest_stage
 from harken.engine.buckets import GradientBuckets
 from harken.engine.gather import Partitions
-from harken.engine.memory import GIB, device_gib
+from harken.engine.memory import GIB, device_gib, keep_what_is_free
 from harken.engine.partitioned import PartialPass, forget_partitions, forget_pass
 from harken.engine.state import Snapshot
 from harken.engine.watchdog import collective_timeout
@@ -47,6 +47,8 @@ def start_processes(config: EngineConfig) -> torch.device:
     device = distributed.device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif config.keep_memory:
+        keep_what_is_free()
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = collective_timeout(config.timeout_seconds)

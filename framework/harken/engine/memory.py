@@ -29,14 +29,20 @@ _SIGNS = (
 )
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_KEPT = 2**28  # bytes: larger blocks are few, and pieces in their place would leave none for the next of their size
+_RETURNED = 2**17  # bytes: glibc's own first value of both thresholds
+
+
 @dataclass
-class _Limit:
-    """What `refuse_above` was given, on a CPU."""
+class _Memory:
+    """How this process treats a CPU's memory. limit_gib: what `refuse_above` was given."""
 
-    gib: float | None = None
+    limit_gib: float | None = None
+    keeps: bool = False
 
 
-_limit = _Limit()
+_memory = _Memory()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -51,7 +57,7 @@ def free() -> None:
     gc.collect()  # its exception and graph may refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    elif _limit.gib is not None:
+    elif _memory.limit_gib is not None:
         _trim()
         renew_limit()
 
@@ -76,7 +82,7 @@ def refuse_above(gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
         return
     _return_what_is_free()
-    _limit.gib = gib
+    _memory.limit_gib = gib
     renew_limit()
 
 
@@ -86,9 +92,9 @@ def renew_limit() -> None:
     The kernel refuses by what is reserved. oneDNN compiles kernels for each new shape, reserves about a megabyte for
     each and uses a tenth of it: after some hundreds of shapes the limit would leave no room for a batch.
     """
-    if _limit.gib is None:
+    if _memory.limit_gib is None:
         return
-    room = _limit.gib * GIB - 1024 * _kib("/proc/self/status", "VmRSS")
+    room = _memory.limit_gib * GIB - 1024 * _kib("/proc/self/status", "VmRSS")
     soft = int(1024 * _kib("/proc/self/status", "VmData") + max(0.0, room))
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
@@ -101,27 +107,43 @@ def _trim() -> None:
         library.malloc_trim(0)
 
 
-def _return_what_is_free() -> None:
-    """Have the C library give memory of more than 128 KiB back when it is set free, as far as it is glibc.
+def keep_what_is_free() -> None:
+    """Have the C library keep memory of up to 256 MiB that is set free, as far as it is glibc.
 
-    It keeps some for later, in pieces: under a limit, one batch that did not fit would leave no room for any other.
-    Source: mallopt(3), M_MMAP_THRESHOLD, whose default grows with what is set free.
+    Else each step takes all of its activations and gradients from the system anew, which clears every page of them.
+    Under a limit that `refuse_above` sets, nothing is kept: in pieces, it would leave no room for a batch.
+    Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
     """
+    _memory.keeps = True
+    if _memory.limit_gib is None:
+        _set_thresholds(trim=-1, mmap=_KEPT)
+
+
+def _return_what_is_free() -> None:
+    """Have the C library give memory of more than 128 KiB back when it is set free, as far as it is glibc."""
+    _set_thresholds(trim=_RETURNED, mmap=_RETURNED)
+    _trim()
+
+
+def _set_thresholds(*, trim: int, mmap: int) -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(-3, 128 * 1024)
+        library.mallopt(_TRIM_THRESHOLD, trim)
+        library.mallopt(_MMAP_THRESHOLD, mmap)
 
 
 @contextmanager
 def at_most(gib: float) -> Iterator[None]:
     """Refuse more than `gib` for a while."""
-    before, most_before = resource.getrlimit(resource.RLIMIT_DATA), _limit.gib
+    before, most_before = resource.getrlimit(resource.RLIMIT_DATA), _memory.limit_gib
     refuse_above(gib)
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-        _limit.gib = most_before
+        _memory.limit_gib = most_before
+        if _memory.keeps:
+            keep_what_is_free()
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0, distributed.device())
 
