@@ -25,9 +25,10 @@ from torch.nn import functional
 from harken.config.load import load
 from harken.config.registry import build
 from harken.core import draws
+from harken.core.batch import Batch
 from harken.core.files import write_json_atomic
 from harken.encoders.backbone import build_backbone
-from harken.engine.memory import keep_what_is_free
+from harken.engine.memory import keep_what_is_free, return_what_is_free
 from harken.frontends import waveform
 from harken.nn import attention, dropout, positions
 from harken.optim.groups import parameter_groups
@@ -54,6 +55,13 @@ def _unfused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         group.update(fused=True, foreach=None)
 
 
+@contextmanager
+def _returned(_: torch.optim.Optimizer) -> Iterator[None]:
+    return_what_is_free()
+    yield
+    keep_what_is_free()
+
+
 Switch = Callable[[torch.optim.Optimizer], AbstractContextManager[Any]]
 SWITCHES: dict[str, Switch] = {
     "all": lambda _: nullcontext(),
@@ -62,6 +70,7 @@ SWITCHES: dict[str, Switch] = {
     "dropout of 16-bit draws": lambda _: mock.patch.object(dropout.Dropout, "forward", _plain_dropout),
     "attention with own dropout": lambda _: mock.patch.object(attention, "attend_with_dropout", _torchs_attention),
     "fused AdamW": _unfused,
+    "memory that is kept": _returned,
 }
 
 
@@ -73,6 +82,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     for name, default in (("steps", 3), ("threads", 2), ("layers", 12), ("batch", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: fp32)")
     parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of a waveform (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
@@ -86,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     """Return the processor's seconds of the steps of each variant; the first round warms up and is not among them."""
     torch.set_num_threads(args.threads)
     keep_what_is_free()  # as harken trains
-    options = Options(args.layers, args.seconds, args.batch, args.threads, "fp32", "sdpa", 0.0, args.seed)
+    options = Options(args.layers, args.seconds, args.batch, args.threads, args.precision, "sdpa", 0.0, args.seed)
     changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={args.layers}"]
     config = load(["hubert_base"], [*changes, "encoder.layer_drop=0"]).config
     model = build("objective", config.objective, run=config, backbone=build_backbone(config)).train()
@@ -98,18 +108,27 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         batch = make_batch(options, step)
         turn = step % len(SWITCHES)  # nothing is always first, with caches full of the new batch
         for name, switch in [*SWITCHES.items()][turn:] + [*SWITCHES.items()][:turn]:
-            draws.begin_micro_batch(args.seed, step, 0)
             with switch(optimizer):
-                started = time.process_time()
-                loss = model(batch)
-                (loss.total / batch.num_targets).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-                optimizer.step()
-                optimizer.zero_grad()
-                seconds = time.process_time() - started
+                take_step(model, optimizer, batch, args, step)  # memory is then where this variant leaves it
+                seconds = take_step(model, optimizer, batch, args, step)
             if step > 0:
                 found[name].append(seconds)
     return found
+
+
+def take_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: argparse.Namespace, step: int
+) -> float:
+    """Return the processor's seconds of a training step."""
+    draws.begin_micro_batch(args.seed, step, 0)
+    started = time.process_time()
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+        loss = model(batch)
+    (loss.total / batch.num_targets).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.process_time() - started
 
 
 def ratios(found: dict[str, list[float]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from harken.data.dataset import as_it_is
 from harken.data.loader import EvalLoader
 from harken.data.manifest import Manifest
 from harken.units.features import Features, Frames
-from harken.units.kmeans import KMeansConfig, Say, assign, fit
+from harken.units.kmeans import KMeansConfig, Say, fit, nearest
 
 KIND, FILES = "clusterer", ("card.json", "centroids.npy")
 
@@ -36,7 +36,7 @@ class Clusterer:
         """Return the unit of each frame `(T, D)`; found on the GPU where there is one."""
         device = distributed.device()
         rows = torch.from_numpy(np.ascontiguousarray(frames)).to(device)
-        labels: NDArray[np.int64] = assign(rows, torch.from_numpy(self.centroids).to(device))[0].cpu().numpy()
+        labels: NDArray[np.int64] = nearest(rows, torch.from_numpy(self.centroids).to(device)).cpu().numpy()
         return labels
 
     @classmethod

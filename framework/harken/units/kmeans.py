@@ -16,7 +16,8 @@ from harken.nn.one_hot import one_hot
 
 Say = Callable[[str], None]
 MOST_CLUSTERS = 2**16
-_CPU_ROWS = 1024  # frames whose scores stay in a core's cache: 1.2 to 2.6 times as fast as 65,536 (docs/LOG.md)
+_CPU_SCORES = 2**19  # of some frames with all clusters, which stay in a core's cache (docs/LOG.md)
+_CPU_ROWS = 4096  # frames that are added up at a time
 _GPU_ROWS = 65_536  # of 500 clusters: 131 MB of scores
 
 
@@ -49,13 +50,25 @@ class KMeansConfig:
 
 def assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest centroid of each frame `(N,)` and its squared distance `(N,)`; the lowest index wins a tie."""
+    labels, scores = _best(frames, centroids)
+    return labels, (frames.square().sum(1) - 2 * scores).clamp(min=0)
+
+
+def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
+    """Return the nearest centroid of each frame `(N,)`, as `assign` does."""
+    return _best(frames, centroids)[0]
+
+
+def _best(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the centroid of the highest score of each frame, and the score: what a squared distance changes with."""
     bias = -0.5 * centroids.square().sum(1)
-    labels, best = [], []
-    for some in frames.split(_GPU_ROWS if frames.is_cuda else _CPU_ROWS):
-        scores = torch.addmm(bias, some, centroids.T)
-        labels.append(scores.argmax(1))  # without the values, which `max` takes twice the time for on a CPU
-        best.append(scores.gather(1, labels[-1][:, None])[:, 0])
-    return torch.cat(labels), (frames.square().sum(1) - 2 * torch.cat(best)).clamp(min=0)
+    rows = _GPU_ROWS if frames.is_cuda else max(64, _CPU_SCORES // len(centroids))
+    scores = torch.empty(len(frames), device=frames.device)
+    labels = torch.empty(len(frames), dtype=torch.long, device=frames.device)
+    for begin in range(0, len(frames), rows):
+        part = slice(begin, begin + rows)
+        torch.max(torch.addmm(bias, frames[part], centroids.T), 1, out=(scores[part], labels[part]))
+    return labels, scores
 
 
 def fit(frames: NDArray[np.float32], config: KMeansConfig, say: Say = print) -> tuple[NDArray[np.float32], float]:
@@ -180,7 +193,7 @@ def _sums(frames: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor
     Of a few frames in float32 first: adding rows of float64 takes 2 to 8 times as long on a CPU.
     """
     sums = torch.zeros(clusters, frames.shape[1], dtype=torch.float64, device=frames.device)
-    rows = _GPU_ROWS if frames.is_cuda else 4 * _CPU_ROWS
+    rows = _GPU_ROWS if frames.is_cuda else _CPU_ROWS
     for some, own in zip(frames.split(rows), labels.split(rows), strict=True):
         sums += torch.zeros(clusters, frames.shape[1], device=frames.device).index_add_(0, own, some)
     return sums, torch.bincount(labels, minlength=clusters).double()
