@@ -28,7 +28,7 @@ from harken.core import draws
 from harken.core.batch import Batch
 from harken.core.files import write_json_atomic
 from harken.encoders.backbone import build_backbone
-from harken.engine.memory import keep_what_is_free, return_what_is_free
+from harken.engine.memory import keep_what_is_free
 from harken.frontends import waveform
 from harken.nn import attention, dropout, positions
 from harken.optim.groups import parameter_groups
@@ -55,13 +55,6 @@ def _unfused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         group.update(fused=True, foreach=None)
 
 
-@contextmanager
-def _returned(_: torch.optim.Optimizer) -> Iterator[None]:
-    return_what_is_free()
-    yield
-    keep_what_is_free()
-
-
 Switch = Callable[[torch.optim.Optimizer], AbstractContextManager[Any]]
 SWITCHES: dict[str, Switch] = {
     "all": lambda _: nullcontext(),
@@ -70,7 +63,6 @@ SWITCHES: dict[str, Switch] = {
     "dropout of 16-bit draws": lambda _: mock.patch.object(dropout.Dropout, "forward", _plain_dropout),
     "attention with own dropout": lambda _: mock.patch.object(attention, "attend_with_dropout", _torchs_attention),
     "fused AdamW": _unfused,
-    "memory that is kept": _returned,
 }
 
 
@@ -109,7 +101,6 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         turn = step % len(SWITCHES)  # nothing is always first, with caches full of the new batch
         for name, switch in [*SWITCHES.items()][turn:] + [*SWITCHES.items()][:turn]:
             with switch(optimizer):
-                take_step(model, optimizer, batch, args, step)  # memory is then where this variant leaves it
                 seconds = take_step(model, optimizer, batch, args, step)
             if step > 0:
                 found[name].append(seconds)

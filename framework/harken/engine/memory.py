@@ -81,7 +81,7 @@ def refuse_above(gib: float) -> None:
         share = min(1.0, gib * GIB / torch.cuda.get_device_properties(device).total_memory)
         torch.cuda.set_per_process_memory_fraction(share, device)
         return
-    return_what_is_free()
+    _return_what_is_free()
     _memory.limit_gib = gib
     renew_limit()
 
@@ -119,7 +119,7 @@ def keep_what_is_free() -> None:
         _set_thresholds(trim=-1, mmap=_KEPT)
 
 
-def return_what_is_free() -> None:
+def _return_what_is_free() -> None:
     """Have the C library give memory of more than 128 KiB back when it is set free, as far as it is glibc."""
     _set_thresholds(trim=_RETURNED, mmap=_RETURNED)
     _trim()
