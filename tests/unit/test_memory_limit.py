@@ -33,15 +33,18 @@ except MemoryError:
 """
 
 
+def lines_of(program: str) -> list[str]:
+    """Return what a program prints in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
 @pytest.mark.parametrize("renew", ["renew_limit", "free"])
 def test_what_is_reserved_and_not_used_takes_no_room(renew: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RESERVES.format(renew=renew)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.stderr == ""
     expected = ["refused while 120 MB are reserved", "there is room", "refused above the limit"]
-    assert done.stdout.splitlines() == expected
+    assert lines_of(RESERVES.format(renew=renew)) == expected
 
 
 KEEPS = """
@@ -66,9 +69,7 @@ print("kept", pages())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is glibc's memory")
 def test_memory_that_is_set_free_is_used_again_without_asking_the_system() -> None:
-    done = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stderr == ""
-    words = [line.split() for line in done.stdout.splitlines()]
+    words = [line.split() for line in lines_of(KEEPS)]
     assert [word for word, _ in words] == ["returned", "kept", "returned", "kept"]
     whole = 100 * 2**20 // resource.getpagesize()
     for word, pages in words:

@@ -249,7 +249,7 @@ class EngineConfig:
     """CPU threads of a rank; 0 divides the machine's cores among its ranks."""
     keep_memory: bool = True
     """On a CPU, keep memory that a step sets free for the next one instead of giving it back to the system, where the C
-    library is glibc: 5 to 10 % less time for up to 4 % more memory. Nothing is kept under `batch.memory_gib`."""
+    library is glibc: 2 to 9 % less time for up to 4 % more memory. Nothing is kept under `batch.memory_gib`."""
     bucket_elements: int = 10_000_000
     """Numbers, of float32 four bytes each, that are reduced and gathered at a time: small enough that sending begins
     early in the backward pass, large enough to use the network. Under ZeRO 1 to 3 DeepSpeed's `reduce_bucket_size` and

@@ -102,9 +102,7 @@ def renew_limit() -> None:
 
 def _trim() -> None:
     """Have glibc give back what is free in its heap; source: malloc_trim(3)."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
+    _call("malloc_trim", 0)
 
 
 def keep_what_is_free() -> None:
@@ -126,10 +124,15 @@ def _return_what_is_free() -> None:
 
 
 def _set_thresholds(*, trim: int, mmap: int) -> None:
+    _call("mallopt", _TRIM_THRESHOLD, trim)
+    _call("mallopt", _MMAP_THRESHOLD, mmap)
+
+
+def _call(name: str, *numbers: int) -> None:
+    """Call a function of the C library, where it has it."""
     library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(_TRIM_THRESHOLD, trim)
-        library.mallopt(_MMAP_THRESHOLD, mmap)
+    if hasattr(library, name):
+        getattr(library, name)(*numbers)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from harken.data.manifest import Manifest
 from harken.evaluate.purity import Joint, Purity
 from harken.units.clusterer import sample_frames
 from harken.units.features import Hidden
-from harken.units.kmeans import KMeansConfig, assign, fit
+from harken.units.kmeans import KMeansConfig, fit, nearest
 from harken.units.store import TOLERANCE
 
 Say = Callable[[str], None]
@@ -134,7 +134,7 @@ class _Counting:
         encoded = backbone.encoder.encode(embedded, lengths, (layer,))
         real = real_mask(lengths, frontend.shape[1], frontend.device)
         units = torch.zeros(real.shape, dtype=torch.int64, device=real.device)
-        units[real] = assign(encoded.hidden[layer][real].float(), self.centroids)[0]
+        units[real] = nearest(encoded.hidden[layer][real].float(), self.centroids)
         labels = units.cpu().numpy()
         for row, (cut, length) in enumerate(zip(batch.ids, lengths.tolist(), strict=True)):
             if cut not in self._seen:

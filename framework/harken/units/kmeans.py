@@ -63,12 +63,8 @@ def _best(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the centroid of the highest score of each frame, and the score: what a squared distance changes with."""
     bias = -0.5 * centroids.square().sum(1)
     rows = _GPU_ROWS if frames.is_cuda else max(64, _CPU_SCORES // len(centroids))
-    scores = torch.empty(len(frames), device=frames.device)
-    labels = torch.empty(len(frames), dtype=torch.long, device=frames.device)
-    for begin in range(0, len(frames), rows):
-        part = slice(begin, begin + rows)
-        torch.max(torch.addmm(bias, frames[part], centroids.T), 1, out=(scores[part], labels[part]))
-    return labels, scores
+    best = [torch.addmm(bias, some, centroids.T).max(1) for some in frames.split(rows)]
+    return torch.cat([found.indices for found in best]), torch.cat([found.values for found in best])
 
 
 def fit(frames: NDArray[np.float32], config: KMeansConfig, say: Say = print) -> tuple[NDArray[np.float32], float]:
@@ -166,7 +162,7 @@ def _mini_batches(data: Tensor, centroids: Tensor, config: KMeansConfig, rng: np
         order = torch.from_numpy(rng.permutation(len(data)))
         for batch in order.split(config.batch_frames):
             frames = data[batch]
-            sums, counts = _sums(frames, assign(frames, centroids)[0], len(centroids))
+            sums, counts = _sums(frames, nearest(frames, centroids), len(centroids))
             seen += counts
             hit = counts > 0
             move = (sums[hit] - counts[hit, None] * centroids[hit].double()) / seen[hit, None]
