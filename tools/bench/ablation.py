@@ -17,21 +17,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hubert_peers import CLASSES, CLIP_NORM, RATE, Options, make_batch
+from engine import Objective
+from hubert_peers import PlainLoop, make_batch
 from hubert_step import aligned, machine
+from step_options import add_step_options, options_of, parse_steps
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harken.config.load import load
-from harken.config.registry import build
 from harken.core import draws
-from harken.core.batch import Batch
 from harken.core.files import write_json_atomic
-from harken.encoders.backbone import build_backbone
 from harken.engine.memory import keep_what_is_free
 from harken.frontends import waveform
 from harken.nn import attention, dropout, positions
-from harken.optim.groups import parameter_groups
 
 
 def _plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int, groups: int) -> Tensor:
@@ -72,54 +69,30 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Time a HuBERT training step with each optimisation switched off alone.",
         epilog="example: python tools/bench/ablation.py --steps 3 --json ablation.json",
     )
-    for name, default in (("steps", 3), ("threads", 2), ("layers", 12), ("batch", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: fp32)")
-    parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of a waveform (default: 8)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
-    args = parser.parse_args(arguments)
-    if min(args.steps, args.threads, args.layers, args.batch) < 1 or args.seconds < 0.1:
-        parser.error("--steps, --threads, --layers and --batch must be at least 1, --seconds 0.1")
-    return args
+    parser.set_defaults(device="cpu")
+    add_step_options(parser, steps=3)
+    return parse_steps(parser, arguments)
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the processor's seconds of the steps of each variant; the first round warms up and is not among them."""
-    torch.set_num_threads(args.threads)
+    """Return the processor's seconds of the timed steps of each variant."""
     keep_what_is_free()  # as harken trains
-    options = Options(args.layers, args.seconds, args.batch, args.threads, args.precision, "sdpa", 0.0, args.seed)
-    changes = ["data.train=none", f"objective.classes=[{CLASSES}]", f"encoder.layers={args.layers}"]
-    config = load(["hubert_base"], [*changes, "encoder.layer_drop=0"]).config
-    model = build("objective", config.objective, run=config, backbone=build_backbone(config)).train()
-    optimizer = build("optimizer", config.optimizer, groups=parameter_groups(model, lambda *_: 1.0))
-    for group in optimizer.param_groups:
-        group["lr"] = RATE
+    options = options_of(args)
+    loop = PlainLoop(options, Objective)
+    loop.build(Path())
     found: dict[str, list[float]] = {name: [] for name in SWITCHES}
-    for step in range(args.steps + 1):
+    for step in range(args.warmup + args.steps):
         batch = make_batch(options, step)
         turn = step % len(SWITCHES)  # nothing is always first, with caches full of the new batch
         for name, switch in [*SWITCHES.items()][turn:] + [*SWITCHES.items()][:turn]:
-            with switch(optimizer):
-                seconds = take_step(model, optimizer, batch, args, step)
-            if step > 0:
+            draws.begin_micro_batch(args.seed, step, 0)
+            with switch(loop.optimizer):
+                started = time.process_time()
+                loop.step(batch, step)
+                seconds = time.process_time() - started
+            if step >= args.warmup:
                 found[name].append(seconds)
     return found
-
-
-def take_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, args: argparse.Namespace, step: int
-) -> float:
-    """Return the processor's seconds of a training step."""
-    draws.begin_micro_batch(args.seed, step, 0)
-    started = time.process_time()
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
-        loss = model(batch)
-    (loss.total / batch.num_targets).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-    optimizer.step()
-    optimizer.zero_grad()
-    return time.process_time() - started
 
 
 def ratios(found: dict[str, list[float]]) -> dict[str, float]:
