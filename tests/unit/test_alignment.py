@@ -14,17 +14,19 @@ from lhotse import CutSet
 
 from harken.apps.main import main
 from harken.config.saved import save_model
+from harken.core.errors import HarkenError
 from harken.core.frames import FrameSpec, Window
 from harken.data.manifest import Manifest
 from harken.data.tokens import Characters
 from harken.decode.alignment import Span, forced_alignments, spread, word_numbers, word_spans
-from harken.evaluate.align import Aligned, annotate
+from harken.evaluate.align import Aligned, Found, Work, annotate
 from harken.evaluate.ctc_model import CtcModel
 from harken.objectives.saved import build_objective
 from harken.units.store import LabelStore
 
 TEXTS = [[], [1], [1, 2], [1, 1], [2, 1, 2], [1, 1, 1]]
 PEAKS = [(2, 3), (6, 7), (7, 9)]
+FILES_OF_ONE = ("cuts.jsonl", "card.json", "labels/labels.bin", "labels/ids.txt", "labels/card.json")
 
 
 def best_of_all_paths(log_probs: np.ndarray, tokens: list[int]) -> list[Span] | None:
@@ -192,9 +194,42 @@ def test_batches_and_processes_change_nothing(model: Path, corpus, tmp_path: Pat
     assert align(model, corpus.valid, tmp_path / "together") == 0
     monkeypatch.setattr("harken.evaluate.align.BLOCK", 3)
     assert align(model, corpus.valid, tmp_path / "one_by_one", "--max-seconds", "0.1", "--jobs", "2") == 0
-    for name in ("cuts.jsonl", "card.json", "labels/labels.bin", "labels/ids.txt", "labels/card.json"):
+    for name in FILES_OF_ONE:
         assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "one_by_one" / name).read_bytes(), name
     assert align(model, corpus.valid, tmp_path / "together") == 0, "an alignment may be replaced"
+
+
+def test_pieces_and_long_work_that_was_stopped_write_the_bytes_of_one_call(
+    model: Path, corpus, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    assert align(model, corpus.valid, tmp_path / "together") == 0
+    monkeypatch.setattr("harken.evaluate.align.BLOCK", 3)
+    monkeypatch.setattr("harken.evaluate.align.BLOCKS_KEPT", 1)
+    done: list[tuple[int, ...]] = []
+    whole = Work.__call__
+
+    def until_the_last(work: Work, places: tuple[int, ...]) -> Found:
+        if 7 in places:
+            raise HarkenError("stopped")
+        done.append(places)
+        return whole(work, places)
+
+    monkeypatch.setattr(Work, "__call__", until_the_last)
+    assert align(model, corpus.valid, tmp_path / "divided", "--piece", "2/3") == 0
+    assert not (tmp_path / "divided").exists()
+    assert done == [(3, 4, 5)]
+    assert align(model, corpus.valid, tmp_path / "divided", "--max-seconds", "60") == 2
+    assert "holds pieces of other work, its max_seconds differs" in capsys.readouterr().err
+    for out in (tmp_path / "divided", tmp_path / "stopped"):
+        assert align(model, corpus.valid, out) == 2
+        assert not out.exists()
+    assert done == [(3, 4, 5), (0, 1, 2), (0, 1, 2), (3, 4, 5)]
+    monkeypatch.setattr(Work, "__call__", whole)
+    for name in ("divided", "stopped"):
+        assert align(model, corpus.valid, tmp_path / name) == 0
+        assert not (tmp_path / f"{name}.pieces").exists()
+        for file in FILES_OF_ONE:
+            assert (tmp_path / "together" / file).read_bytes() == (tmp_path / name / file).read_bytes(), file
 
 
 def test_what_cannot_be_aligned_is_named_and_written_as_it_was(

@@ -158,6 +158,36 @@ def test_the_speedometers_figures_from_known_numbers(monkeypatch) -> None:
     }, "the second interval begins anew"
 
 
+def test_a_peak_that_a_run_exceeds_is_measured_again(monkeypatch) -> None:
+    now, measured = [108.0], iter([1.5, 5.0])
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    meter = Speedometer(sample_rate=100, peak=2.0, measure=lambda: next(measured), started=100.0)
+
+    def mfu(tera: float) -> float:
+        meter.add(Batch(ids=("a",), inputs=torch.zeros(1, 100), lengths=torch.tensor([100])), flops=tera * 1e12)
+        return meter.read()["mfu_percent"]
+
+    assert mfu(8.0) == pytest.approx(50.0), "below it: the peak stands"
+    now[0] = 116.0
+    assert mfu(24.0) == pytest.approx(150.0), "still busy: a lower figure is not taken"
+    now[0] = 124.0
+    assert mfu(24.0) == pytest.approx(60.0)
+    assert meter.peak == 5.0
+    now[0] = 132.0
+    assert mfu(40.0) == pytest.approx(100.0), "at it: not measured again"
+
+
+def test_a_peak_is_that_of_the_fastest_product(monkeypatch) -> None:
+    rates = {512: 0.25, 1024: 0.5}
+    monkeypatch.setattr(speed, "_measured", lambda size, device, dtype: rates[size])
+    assert speed.peak_tflops(torch.float32) == 0.5
+    monkeypatch.undo()
+    seconds = iter([0.0, 0.0, 4.0, 4.0, 6.0, 6.0, 9.0, 9.0, 12.0, 12.0, 15.0, 15.0])
+    monkeypatch.setattr(speed, "_MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    assert speed._measured(8, torch.device("cpu"), torch.float32) == pytest.approx(2 * 8**3 / 2 / 1e12)
+
+
 def test_ctc_scales_the_rates_as_configured(corpus) -> None:
     from harken.objectives.saved import build_objective
 

@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="processes (default: one a core, and one where there is a GPU)"
     )
+    parser.add_argument(
+        "--piece",
+        metavar="I/N",
+        help="do the I-th of N pieces and keep it; the same command without this puts all pieces together",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,12 +40,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from harken.core.errors import HarkenError
+    from harken.core.pieces import Piece
     from harken.evaluate.align import Work, align
 
     jobs = args.jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
     if jobs < 1 or args.max_seconds <= 0:
         raise HarkenError(f"`--jobs` and `--max-seconds` must be positive, got {args.jobs} and {args.max_seconds}")
+    piece = Piece.parse(args.piece) if args.piece else None
     started = time.perf_counter()
-    align(Work(args.model, args.manifest, args.max_seconds), args.out, jobs, print)
+    align(Work(args.model, args.manifest, args.max_seconds), args.out, jobs, print, piece)
     print(f"{time.perf_counter() - started:.0f} s")
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from harken.cluster.settings import ClusterConfig
 
-PIECED = (("data", "scan"), ("data", "verify"), ("units", "label"), ("decode",), ("features",))
+PIECED = (("data", "scan"), ("data", "verify"), ("units", "label"), ("decode",), ("features",), ("align",))
 """Verbs that know `--piece`."""
 HELP = (
     "Write a readable sbatch file for a command and submit it. A job that trains saves before the end of its time, "

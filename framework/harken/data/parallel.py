@@ -65,16 +65,22 @@ def _from_processes(work: Callable[[T], R], items: Sequence[T], jobs: int, what:
 
 
 CHUNK = 256
-"""Items whose results are kept together: a piece that is started again repeats fewer than these."""
+"""`Division.chunk` where nothing else is said."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """How work is divided: into which folder, what its results depend on, and which piece is to be done, if one."""
+    """How work is divided: into which folder, what its results depend on, and which piece is to be done, if one.
+
+    chunk: items whose results are kept together: a piece that is started again repeats fewer than these.
+    keep: whether work without a piece keeps results too, so that it goes on where it was killed.
+    """
 
     folder: Path
     plan: Mapping[str, Any]
     piece: Piece | None
+    chunk: int = CHUNK
+    keep: bool = False
 
 
 def in_pieces(
@@ -90,20 +96,21 @@ def in_pieces(
     """Yield `work(item)` for each item, in order, as `in_parallel`, with what pieces have done before.
 
     pack, unpack: a result to plain JSON and back. With a piece to be done, do it and yield nothing. Where nothing was
-    done in pieces, no folder is made.
+    done in pieces and nothing is to be kept, no folder is made.
     """
-    if division.piece is None and not division.folder.is_dir():
+    if division.piece is None and not division.keep and not division.folder.is_dir():
         yield from in_parallel(work, items, jobs=jobs, what=what)
         return
-    pieces = Pieces(division.folder, division.plan, -(-len(items) // CHUNK))
+    size = division.chunk
+    pieces = Pieces(division.folder, division.plan, -(-len(items) // size))
 
     def do(chunk: int) -> list[Any]:
-        part = items[chunk * CHUNK : (chunk + 1) * CHUNK]
+        part = items[chunk * size : (chunk + 1) * size]
         return [pack(result) for result in in_parallel(work, part, jobs=jobs, what=what)]
 
     if division.piece is not None:
         done = pieces.work(division.piece, do)
-        print(f"piece {division.piece}: {done} chunks of up to {CHUNK} items done now, kept in {division.folder}")
+        print(f"piece {division.piece}: {done} chunks of up to {size} items done now, kept in {division.folder}")
         return
     for results in pieces.results(do):
         yield from map(unpack, results)

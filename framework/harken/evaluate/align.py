@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -23,13 +24,14 @@ from numpy.typing import NDArray
 
 from harken.config.saved import find_model, weights_digest
 from harken.core.errors import HarkenError
-from harken.core.files import atomic_folder, check_replaceable, sha256_file, write_json_atomic
+from harken.core.files import atomic_folder, check_replaceable, remove, sha256_file, write_json_atomic
+from harken.core.pieces import Piece
 from harken.data.alignments import TOKENS, WORDS, Item, add_items, placed_supervisions
 from harken.data.dataset import read_whole
 from harken.data.index import build_index, index_folder
 from harken.data.lines import text_of
 from harken.data.manifest import Manifest
-from harken.data.parallel import in_parallel
+from harken.data.parallel import Division, in_pieces
 from harken.data.plan import rectangles
 from harken.data.tokens import BLANK
 from harken.decode.alignment import Span, forced_alignments, spread, word_numbers
@@ -43,6 +45,8 @@ KIND = "alignment"
 CARD, CUTS, LABELS = "card.json", "cuts.jsonl", "labels"
 FILES = (CARD, CUTS, index_folder(Path(CUTS)).name, LABELS)
 BLOCK = 256
+BLOCKS_KEPT = 64
+"""Blocks whose alignments are kept together in the pieces of a long work."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ class Aligned:
         return labels
 
 
+Found: TypeAlias = tuple[dict[int, Aligned], dict[str, str]]
+"""Alignments by the cuts' places in the manifest, and why others have none, by their ids."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What every process needs; it is pickled to them. max_seconds: padded audio of a batch."""
@@ -78,8 +86,8 @@ class Work:
     manifest: str
     max_seconds: float
 
-    def __call__(self, places: tuple[int, ...]) -> tuple[dict[int, Aligned], dict[str, str]]:
-        """Align the cuts at places; return those that have an alignment, and why others have none, by their ids."""
+    def __call__(self, places: tuple[int, ...]) -> Found:
+        """Align the cuts at places."""
         manifest, model, _ = _opened(self.manifest, self.model)
         texts, reasons = _texts(manifest, model, places)
         aligned: dict[int, Aligned] = {}
@@ -145,9 +153,11 @@ def _align_batch(
     return aligned
 
 
-def align(work: Work, out: Path, jobs: int, say: Callable[[str], None]) -> None:
+def align(work: Work, out: Path, jobs: int, say: Callable[[str], None], piece: Piece | None = None) -> None:
     """Write the folder of an alignment: `cuts.jsonl`, `labels` and `card.json`.
 
+    piece: of the work, to be done and kept in `OUT.pieces`, and nothing else. A call without takes up what is
+    there, of pieces or of a long work that was killed.
     Raises HarkenError, before any audio is read, for a model without CTC, one whose outputs do not lie on whole
     samples, and when `out` is a folder that is no alignment of harken's; at the end when no cut could be aligned.
     """
@@ -157,17 +167,36 @@ def align(work: Work, out: Path, jobs: int, say: Callable[[str], None]) -> None:
     ids, index = order_entries(_entries(manifest, model), work.manifest)
     card = _store_card(model, ids, index, digest, sha256_file(tokenizer))
     blocks = [tuple(range(first, min(first + BLOCK, len(ids)))) for first in range(0, len(ids), BLOCK)]
+    plan = {
+        "model": digest,
+        "tokenizer": card.clusterer,
+        "manifest": manifest.card["sha256"],
+        "max_seconds": work.max_seconds,
+    }
+    pieces = out.with_name(out.name + ".pieces")
+    results = in_pieces(
+        work,
+        blocks,
+        jobs=jobs,
+        what="blocks of cuts",
+        division=Division(pieces, plan, piece, BLOCKS_KEPT, keep=len(blocks) > BLOCKS_KEPT),
+        pack=_pack,
+        unpack=_unpack,
+    )
+    if piece is not None:
+        deque(results, maxlen=0)
+        return
     reasons: dict[str, str] = {}
     with atomic_folder(out, kind=KIND, files=FILES) as folder:
         (folder / LABELS).mkdir()
         begin_store(folder / LABELS, ids, index, card)
         writer = _Writer(folder, model, card, {cut: row for row, cut in enumerate(ids)}, index)
-        results = in_parallel(work, blocks, jobs=jobs, what="blocks of cuts")
         with closing(writer):
             for block, (aligned, why) in zip(blocks, results, strict=True):
                 reasons.update(why)
                 writer.write(manifest, block, aligned, reasons)
         if not writer.aligned:
+            remove(pieces)
             raise HarkenError(
                 f"none of the {len(ids)} cuts of {work.manifest} could be aligned; the first: "
                 f"{next(iter(reasons.values()))}"
@@ -184,7 +213,19 @@ def align(work: Work, out: Path, jobs: int, say: Callable[[str], None]) -> None:
             "seconds_per_output": model.output_seconds,
         }
         write_json_atomic(folder / CARD, {**about, "cuts": len(ids), "aligned": writer.aligned})
+    remove(pieces)
     _tell(out, len(ids), writer.aligned, reasons, say)
+
+
+def _pack(found: Found) -> Any:
+    aligned, reasons = found
+    packed = {place: (one.tokens.tolist(), one.spans.tolist(), one.outputs) for place, one in aligned.items()}
+    return packed, reasons
+
+
+def _unpack(data: Any) -> Found:
+    packed, reasons = data
+    return {int(place): Aligned.of(*one) for place, one in packed.items()}, reasons
 
 
 def _entries(manifest: Manifest, model: CtcModel) -> list[tuple[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,6 +194,7 @@ def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: Mak
     if distributed.is_main():
         write_text_atomic(folder / "config.yaml", to_yaml(config))
     dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+    measure = None if config.log.peak_tflops else partial(peak_tflops, dtype)
     peak = config.log.peak_tflops or peak_tflops(dtype)
     _describe(learner.model, config, peak)
     return Run(
@@ -214,7 +216,7 @@ def build_run(config: RunConfig, folder: Path, make: MakeObjective, prepare: Mak
             samples=config.log.samples,
             start_step=state.step,
         ),
-        speed=Speedometer(config.data.sample_rate, peak),
+        speed=Speedometer(config.data.sample_rate, peak, measure),
         profile=Profile(folder, config.log.profile),
         graphs=GraphCounter(enabled=config.engine.compile),
         average=learner.average,

@@ -20,10 +20,10 @@ from harken.config.saved import find_model, weights_digest
 from harken.core import distributed
 from harken.core.errors import HarkenError
 from harken.core.files import atomic_path, check_replaceable, remove, write_json_atomic
-from harken.core.pieces import Piece, Pieces
+from harken.core.pieces import Piece
 from harken.data.dataset import read_whole
 from harken.data.manifest import Manifest
-from harken.data.parallel import CHUNK, Division, in_pieces
+from harken.data.parallel import Division, in_pieces
 from harken.data.plan import rectangles
 from harken.encoders.backbone import Backbone, hidden_rows
 from harken.encoders.saved import load_backbone
@@ -115,13 +115,12 @@ def extract(work: Extraction, jobs: int, say: Callable[[str], None], piece: Piec
     folder = work.out / "pieces"
     if not folder.is_dir():
         check_replaceable(work.out, kind="folder of hidden states")
-    Pieces(folder, plan, -(-len(batches) // CHUNK))  # so that what is there is known to be of this work
     results = in_pieces(
         work,
         batches,
         jobs=jobs,
         what="batches of hidden states",
-        division=Division(folder, plan, piece),
+        division=Division(folder, plan, piece, keep=True),
         pack=lambda found: found,
         unpack=_unpack,
     )
