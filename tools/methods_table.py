@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import json
 import os
@@ -18,17 +19,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import harken
 import results_table
 from harken.config.registry import find
 from harken.config.saved import load_config
+from harken.config.schema import RunConfig
 from harken.core.errors import HarkenError
 from harken.core.files import write_json_atomic
 from harken.encoders.backbone import build_backbone
 from harken.report.metrics import read_metrics
 
+PACKAGE = Path(harken.__file__).parent
+DEFAULTS = (("objective", "hubert"), ("encoder", "conformer"), ("frontend", "filterbank"))
 PROBED = ("rank_encoder", "purity", "pnmi")
 HEADS = (
-    *("method", "objective", "lines", "encoder", "steps", "speed / HuBERT's", "memory / HuBERT's"),
+    *("method", "objective", "lines", "files", "encoder", "steps", "speed / HuBERT's", "memory / HuBERT's"),
     *("RankMe", "purity", "PNMI"),
     *("test CER %", "test WER %", "test-unseen CER %"),
 )
@@ -94,6 +99,7 @@ def collect(folder: Path, probed: Path, rows: list[Row]) -> Row:
         "method": folder.name,
         "objective": objective,
         "lines": lines_of(objective),
+        "files": files_of(config),
         "encoder": config.encoder.name,
         "steps": records[-1]["step"],
         "hours_of_audio": records[-1]["hours"],
@@ -111,6 +117,35 @@ def lines_of(objective: str) -> int:
     return len(source.read_text(encoding="utf-8").splitlines())
 
 
+def files_of(config: RunConfig) -> list[str]:
+    """Return the files of the package that a method's parts import, and training HuBERT on the Conformer does not."""
+    known = _imported({"harken.apps.train"} | {_module(*part) for part in DEFAULTS})
+    own = {_module(slot, getattr(config, slot).name) for slot, _ in DEFAULTS}
+    return sorted(str(path.relative_to(PACKAGE)) for path in _imported(own) - known)
+
+
+def _module(slot: str, name: str) -> str:
+    return find(slot, name).build.__module__
+
+
+def _imported(modules: set[str]) -> set[Path]:
+    """Return the files of modules of the package, and of all of its modules that these import, anywhere in them."""
+    left, found = set(modules), set[Path]()
+    while left:
+        name = left.pop()
+        base = PACKAGE.parent / name.replace(".", "/")
+        path = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+        if path is None or path in found or name.split(".")[0] != PACKAGE.name:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                left |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:  # what is imported may be a module or in one
+                left |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {path for path in found if path.name != "__init__.py"}
+
+
 def table(methods: list[Row], speeds: dict[str, Row]) -> str:
     """Return the Markdown table, HuBERT first."""
     lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
@@ -122,7 +157,8 @@ def table(methods: list[Row], speeds: dict[str, Row]) -> str:
             statistics.mean(100 * one["scores"][part][kind]["rate"] for one in row["rows"])
             for part, kind in (("test", "cer"), ("test", "wer"), ("test-unseen", "cer"))
         ]
-        cells = [row["method"], f"`{row['objective']}`", str(row["lines"]), row["encoder"], str(row["steps"]), *ratios]
+        cells = [row["method"], f"`{row['objective']}`", str(row["lines"]), str(len(row["files"])), row["encoder"]]
+        cells += [str(row["steps"]), *ratios]
         cells += [f"{rank:.0f}", f"{purity:.3f}", f"{pnmi:.3f}", *(f"{rate:.1f}" for rate in rates)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

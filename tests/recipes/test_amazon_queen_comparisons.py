@@ -120,12 +120,14 @@ def test_methods_are_pretrained_probed_and_fine_tuned(copy: Path, python: Path, 
     for method, row in found.items():
         assert (row["objective"], row["encoder"], row["steps"]) == (method, "conformer", 2)
         assert row["lines"] == len((ROOT / f"framework/harken/objectives/{method}.py").read_text().splitlines())
+        assert row["files"] == {"hubert": [], "data2vec": ["encoders/teacher.py", "objectives/data2vec.py"]}[method]
         assert row["probe"]["layer"] == 3
         assert 1 <= row["probe"]["rank_encoder"] <= 32
         assert row["rows"][0]["start"] == method
         assert ("data.labels=" in row["commands"][0]) == (method == "hubert")
     lines = (copy / "docs/methods.md").read_text().split("<!-- methods:begin -->")[1].splitlines()
-    assert [line.split("|")[1].strip() for line in lines[3:5]] == ["hubert", "data2vec"]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines[3:5]]
+    assert [(row[1], row[4]) for row in cells] == [("hubert", "0"), ("data2vec", "2")]
     assert (copy / "exp/stages/2-pretrain.commands").read_text().count("harken train ") == 2
     shutil.copytree(copy / "exp/methods/rows/30-hubert-1", copy / "exp/methods/rows/30-hubert-1.old")
     again = compare(copy, python, "methods.sh", *asked, "--seeds", "1 2")
