@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from harken.apps.main import main
+from harken.report.compare import read_reference
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_run(folder: Path, offset: float, *, spike: float = 0.0, steps: int = 10) -> Path:
@@ -54,3 +58,16 @@ def test_what_is_no_reference_is_refused(tmp_path: Path, capsys) -> None:
     assert main(["compare", str(run), str(tmp_path / "other.json")]) == 2
     assert "must be a reference, got TypeError: make one with `harken compare RUN... --make" in capsys.readouterr().err
     assert main(["compare", str(tmp_path), str(tmp_path / "other.json")]) == 2
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "egs").glob("*/results/references/**/*.json")), ids=lambda path: path.stem
+)
+def test_stored_references_are_whole(path: Path) -> None:
+    bands = read_reference(path)
+    assert {"train/loss", "valid/loss", "valid/rank_encoder"} <= bands.keys()
+    for name, band in bands.items():
+        assert band.steps == sorted(set(band.steps)), name
+        assert len(band.steps) == len(band.low) == len(band.high), name
+        assert all(math.isfinite(low) and low <= high for low, high in zip(band.low, band.high, strict=True)), name
+    assert len({band.steps[-1] for band in bands.values()}) == 1, "all curves reach the end of the run"
