@@ -130,6 +130,12 @@ def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, An
     }
 
 
+def _shown(value: Any) -> str:
+    """Write a setting; a path below the project as one from there, as others have it elsewhere."""
+    path = value.resolve() if isinstance(value, Path) else None
+    return str(path.relative_to(ROOT) if path is not None and path.is_relative_to(ROOT) else value)
+
+
 def main() -> None:
     """Print a line a method."""
     args = parse()
@@ -152,7 +158,7 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        settings = {key: str(value) for key, value in vars(args).items() if key not in ("json", "worker")}
+        settings = {key: _shown(value) for key, value in vars(args).items() if key not in ("json", "worker")}
         write_json_atomic(args.json, {"settings": settings, "machine": machine(), "methods": found})
 
 
