@@ -47,15 +47,17 @@ def objective(folder: Path, **frontend):
     return model
 
 
-def golden_batch(values: dict[str, torch.Tensor]) -> Batch:
+def golden_batch(values: dict[str, torch.Tensor], *, unmasked: bool = False) -> Batch:
     mask, real = values["mask"], ~values["frame_padding"]
+    counted = (real if unmasked else mask & real).sum(1)
     targets = {
+        "counted": counted,
         "labels": values["labels"][..., None],
         "mask": mask,
         "masked": (mask & real).flatten().nonzero()[:, 0],
         "unmasked": (~mask & real).flatten().nonzero()[:, 0],
     }
-    count = float(len(targets["masked"]))
+    count = float(counted.sum())
     return Batch(ids=("a", "b"), inputs=values["wav"], lengths=LENGTHS, targets=targets, num_targets=count)
 
 
@@ -94,9 +96,10 @@ class TestGolden:
 
     @torch.no_grad()
     def test_penalty(self, kind, golden, folders) -> None:
-        """fairseq's is over the whole batch, padding included; harken's weighs utterances by their masked frames.
+        """fairseq's is over the whole batch, padding included; harken's weighs utterances by the frames that count.
 
-        The two agree where lengths and counts are equal, so both waveforms are taken in full, under one mask.
+        The two agree where lengths and counts are equal, so both waveforms are taken in full, under one mask. fairseq
+        multiplies it by all frames that have a cross entropy (`sample_size` of its `HubertCriterion`).
         """
         values, model = golden[kind], objective(folders[kind])
         mask = values["mask"][:1].expand(2, -1)
@@ -104,6 +107,11 @@ class TestGolden:
         loss = model(replace(golden_batch(full), lengths=torch.tensor([16000, 16000])))
         total, count = loss.metrics["features_penalty"]
         assert int(count) == 2 * int(mask[0].sum())
+        assert float(total / count) == pytest.approx(float(values["features_pen"]), rel=1e-6)
+        model.config = replace(model.config, unmasked_weight=1.0)
+        loss = model(replace(golden_batch(full, unmasked=True), lengths=torch.tensor([16000, 16000])))
+        total, count = loss.metrics["features_penalty"]
+        assert int(count) == mask.numel()
         assert float(total / count) == pytest.approx(float(values["features_pen"]), rel=1e-6)
 
     @torch.no_grad()

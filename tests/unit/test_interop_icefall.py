@@ -60,6 +60,7 @@ class TestGolden:
         mask, real = values["mask"], ~values["frame_padding"]
         targets = {
             "labels": values["labels"][..., None],
+            "counted": (mask & real).sum(1),
             "mask": mask,
             "masked": (mask & real).flatten().nonzero()[:, 0],
             "unmasked": (~mask & real).flatten().nonzero()[:, 0],

@@ -48,7 +48,8 @@ def by_hand(model, batch) -> dict[str, float]:
         soft.append(logits.softmax(-1))
     counts = mask.sum(1).tolist()
     width = max(counts)
-    loss = right = positives = 0.0
+    right = positives = 0.0
+    entropies = [0.0] * len(counts)
     for index, (frame, row) in enumerate(zip(frames, rows, strict=True)):
         drawn_here = batch.targets["instances"][row, index - sum(counts[:row])].tolist()
         # positions are of the padded `(B * M)`
@@ -61,13 +62,17 @@ def by_hand(model, batch) -> dict[str, float]:
             terms.append(float(-functional.logsigmoid(logit if same else -logit)))
             right += float((logit >= 0) == same) / (1 + len(others))
             positives += float(same) / (1 + len(others))
-        loss += sum(terms) / len(terms)
+        entropies[row] += sum(terms) / len(terms)
+    # the original multiplies means over masked frames by all frames that have a cross entropy
+    counted = lengths.tolist() if own.unmasked_weight else counts
     spread = {}
-    for row, count in enumerate(counts):
+    for row in range(len(counts)):
         mean = torch.stack([one for one, of in zip(soft, rows, strict=True) if of == row]).mean(0)
-        spread[row] = (SIZE - float((-(mean * mean.log()).sum(-1)).exp().sum())) / SIZE * count
+        spread[row] = (SIZE - float((-(mean * mean.log()).sum(-1)).exp().sum())) / SIZE * counted[row]
+    assert min(counts) > 0
     return {
-        "utterance_loss": loss,
+        "contrast": sum(loss / count * of for loss, count, of in zip(entropies, counts, counted, strict=True)),
+        "utterance_loss": sum(entropies),
         "utterance_accuracy": right,
         "utterance_positives": positives,
         "diversity": sum(spread.values()),
@@ -75,20 +80,23 @@ def by_hand(model, batch) -> dict[str, float]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm", ["false", "true"])
-def test_the_loss_is_huberts_and_the_released_term(corpus, batch, norm: str) -> None:
-    model, prepare = make(corpus, f"objective.contrast_norm={norm}", "objective.contrast_weight=3")
-    plain, _ = make(corpus, objective="hubert")
+@pytest.mark.parametrize(("norm", "unmasked"), [("false", 0.0), ("true", 0.0), ("false", 0.7)])
+def test_the_loss_is_huberts_and_the_released_term(corpus, batch, norm: str, unmasked: float) -> None:
+    weight = f"objective.unmasked_weight={unmasked}"
+    model, prepare = make(corpus, f"objective.contrast_norm={norm}", "objective.contrast_weight=3", weight)
+    plain, _ = make(corpus, weight, objective="hubert")
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
     batch = drawn(prepare, batch)
     loss, expected = model(batch), by_hand(model, batch)
+    contrast, masked = expected.pop("contrast"), float(batch.targets["mask"].sum())
+    assert (batch.num_targets > masked) == (unmasked > 0)
     for name, value in expected.items():
         found, count = loss.metrics[name]
         assert float(found) == pytest.approx(value, rel=1e-4), name
-        assert float(count) == batch.num_targets
-    assert 0.1 < expected["utterance_positives"] / batch.num_targets < 0.9, "else one side would not be tested"
+        assert float(count) == (batch.num_targets if name == "diversity" else masked)
+    assert 0.1 < expected["utterance_positives"] / masked < 0.9, "else one side would not be tested"
     hubert = plain(batch)
-    total = float(hubert.total) + 3.0 * expected["utterance_loss"] + 0.1 * expected["diversity"]
+    total = float(hubert.total) + 3.0 * contrast + 0.1 * expected["diversity"]
     assert float(loss.total) == pytest.approx(total, rel=1e-5)
     assert all(torch.equal(value, loss.metrics[name][0]) for name, (value, _) in hubert.metrics.items())
 

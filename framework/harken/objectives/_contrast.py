@@ -63,32 +63,36 @@ class CodebookConfig(SlotConfig):
         temperature = Temperature(start=self.gumbel_start, end=self.gumbel_end, decay=self.gumbel_decay)
         return ProductQuantizer(input_dim, groups=self.groups, entries=self.entries, dim=dim, temperature=temperature)
 
-    def diversity(self, quantised: Quantised, real: Tensor, counts: Tensor) -> tuple[Tensor, Metrics]:
-        """Return the diversity loss summed over masked frames, and figures of the micro-batch's codes.
+    def diversity(
+        self, quantised: Quantised, real: Tensor, counts: Tensor, counted: Tensor | None = None
+    ) -> tuple[Tensor, Metrics]:
+        """Return the diversity loss summed over frames, and figures of the micro-batch's codes.
 
-        It is (G V - perplexity) / (G V) for each masked frame: of its utterance, or of the batch. real: `(B, M)`, which
-        of the quantised frames there are. counts: `(B,)`, how many of a row.
+        It is (G V - perplexity) / (G V) for each frame that a row counts with: of its utterance, or of the batch.
+        real: `(B, M)`, which of the quantised frames there are. counts: `(B,)`, how many of a row. counted: `(B,)`,
+        what a row counts with in the loss, where that is not `counts`.
         Source: arXiv 2006.11477 equation 4; fairseq's `Wav2Vec2Model.get_extra_losses`.
         """
         size = self.groups * self.entries
         sums = (quantised.probabilities * real[..., None, None]).sum(1)  # (B, G, V)
+        counted = counts if counted is None else counted
         total = counts.sum().clamp(min=1)
         prob_perplexity = perplexity(sums.sum(0) / total)
         used = one_hot(quantised.best, self.entries) * real[..., None, None]
         code_perplexity = perplexity(used.sum((0, 1)) / total)
         if self.diversity_over == "batch":
-            loss = (size - prob_perplexity) / size * counts.sum()
+            loss = (size - prob_perplexity) / size * counted.sum()
         else:
             own = perplexity(sums / counts.clamp(min=1)[:, None, None])
-            loss = ((size - own) / size * counts).sum()
+            loss = ((size - own) / size * counted).sum()
         count = counts.sum().to(loss.dtype)
         figures = {
             "code_perplexity": code_perplexity * count,
             "prob_perplexity": prob_perplexity * count,
             "codebook_perplexity": code_perplexity / self.groups * count,
-            "diversity": loss,
         }
-        return loss, {name: (value.detach(), count) for name, value in figures.items()}
+        metrics = {name: (value.detach(), count) for name, value in figures.items()}
+        return loss, {**metrics, "diversity": (loss.detach(), counted.sum().to(loss.dtype))}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,19 +106,22 @@ class HubertPrepare:
     unmasked_weight: float
 
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
-        """Add `labels` `(B, T, C)`, and `masked`, `unmasked`: positions of those frames in the flattened `(B * T)`."""
+        """Add `labels` `(B, T, C)`; `masked`, `unmasked`: positions of those frames in the flattened `(B * T)`; and
+        `counted` `(B,)`: how many frames each cut counts with in the loss, the masked ones or all.
+        """
         masked, lengths = self.mask.draw_rows(batch, draws, self.spec)
         size = masked.shape[1]
         real = np.arange(size)[None, :] < lengths[:, None]
         labels = self.units.read(batch, size)
+        counted = lengths if self.unmasked_weight else masked.sum(1)
         targets = {
             "labels": torch.from_numpy(labels),
+            "counted": torch.from_numpy(counted),
             "mask": torch.from_numpy(masked),
             "masked": torch.from_numpy(np.flatnonzero(masked)),
             "unmasked": torch.from_numpy(np.flatnonzero(real & ~masked)),
         }
-        count = len(targets["masked"]) + (len(targets["unmasked"]) if self.unmasked_weight else 0)
-        return replace(batch, targets={**batch.targets, **targets}, num_targets=float(count))
+        return replace(batch, targets={**batch.targets, **targets}, num_targets=float(counted.sum()))
 
     def check(self, cuts: Cuts) -> Iterator[Doubt]:
         """Yield what is wrong with the labels of cuts."""
@@ -129,8 +132,8 @@ class HubertPrepare:
 class Hubert(Objective):
     """Predicts the units of masked frames.
 
-    The features penalty of an utterance is its mean square times its masked frames, so that it does not depend on
-    how utterances share batches; in a batch of equal lengths and counts this is fairseq's.
+    The features penalty of an utterance is its mean square times the frames that it counts with, so that it does not
+    depend on how utterances share batches; in a batch of equal lengths and counts this is fairseq's.
     """
 
     def __init__(self, config: HubertConfig, run: RunConfig, backbone: Backbone) -> None:
@@ -190,7 +193,7 @@ class Hubert(Objective):
         if self.config.penalty_over_padding:
             penalty = frames.float().square().mean() * batch.num_targets
         else:
-            penalty = summed_mean_squares(frames, lengths, mask.sum(1))
+            penalty = summed_mean_squares(frames, lengths, batch.targets["counted"])
         metrics["features_penalty"] = (penalty.detach(), penalty.new_full((), batch.num_targets))
         total = self.add_terms(total + self.config.penalty_weight * penalty, encoded, batch, metrics)
         return Loss(total=encoded.penalised(total), metrics=metrics)

@@ -113,20 +113,24 @@ class UniSpeechSat(Hubert):
         return UniSpeechSatPrepare(units.spec, units.mask, units.units, units.unmasked_weight, own.instances)
 
     def add_terms(self, total: Tensor, encoded: Encoded, batch: Batch, metrics: Metrics) -> Tensor:
-        """Add the term over utterances and the diversity of its codes, each summed over masked frames."""
+        """Add the term over utterances and the diversity of its codes, means over an utterance's masked frames times
+        the frames that it counts with.
+        """
         own, counts = self.config, batch.targets["counts"]
+        counted = batch.targets["counted"] * (counts > 0)
         real = real_mask(counts, batch.targets["places"].shape[1])
         hidden = encoded.hidden.get(own.contrast_layer, encoded.last)
         frames = self.contrast_norm(pick(hidden, batch.targets["places"]))
         quantised = self.quantizer(frames)
         logits, same = self._compare(self.project_frame(frames), self.project_target(quantised.vectors), batch)
         entropy = functional.binary_cross_entropy_with_logits(logits, same, reduction="none").mean(-1)
-        contrast = (entropy * real).sum()
-        diversity, health = own.diversity(quantised, real, counts)
+        entropies = (entropy * real).sum(1)
+        contrast = (entropies * counted / counts.clamp(min=1)).sum()
+        diversity, health = own.diversity(quantised, real, counts, counted)
         count = counts.sum().to(contrast.dtype)
         right = ((logits >= 0) == same.bool()).float().mean(-1)
         figures = {
-            "utterance_loss": contrast,
+            "utterance_loss": entropies.sum(),
             "utterance_accuracy": (right * real).sum(),
             "utterance_positives": (same.mean(-1) * real).sum(),
             "gumbel_temperature": count * self.quantizer.temperature.now(),
