@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,3 +53,34 @@ def test_masks_begin_with_their_epoch(corpus, batch) -> None:
     epochs = [Draws(1, place % 3) for place in range(len(batch.ids))]  # rows of different epochs, as in a mixture
     masked = prepare(batch, epochs).targets["mask"].any(1).tolist()
     assert masked == [drawn.epoch == 2 for drawn in epochs]
+
+
+def test_every_batch_gives_the_mask_embedding_a_gradient(corpus, batch) -> None:
+    """Ranks may be in different epochs, and ZeRO 2 packs gradients in the order in which they come."""
+    model, prepare = make(corpus, "objective.mask_from_epoch=1", "objective.mask_probability=0.5", train=True)
+    model.train()
+    for epoch in (0, 1):
+        model.zero_grad()
+        model(prepare(batch, [Draws(1, epoch)] * len(batch.ids))).total.backward()
+        gradient = model.backbone.mask_embedding.grad
+        assert gradient is not None
+        assert bool(gradient.any()) == (epoch == 1)
+
+
+def test_what_cannot_be_encoded_is_left_out_and_named(corpus, batch) -> None:
+    model, prepare = make(corpus)
+    whole = prepare(batch, [Draws(1, 0)] * len(batch.ids))
+    broken = replace(batch, texts=("", batch.texts[1] + "é", *batch.texts[2:]))
+    prepared = prepare(broken, [Draws(1, 0)] * len(batch.ids))
+    assert [(note.kind, note.cut) for note in prepared.notes] == [("left out", cut) for cut in batch.ids[:2]]
+    reasons = {note.cut: note.reason for note in prepared.notes}
+    assert reasons[batch.ids[0]] == f"cut `{batch.ids[0]}` has no transcript"
+    assert reasons[batch.ids[1]].startswith(
+        f"the transcript of cut `{batch.ids[1]}` cannot be encoded: character 'é' of `"
+    )
+    assert prepared.targets["weight"].tolist() == [0.0, 0.0, *[1.0] * (len(batch.ids) - 2)]
+    lengths = whole.targets["token_lengths"]
+    assert prepared.num_targets == float(lengths[2:].sum())
+    last = {name: getattr(batch, name)[2:] for name in ("ids", "inputs", "lengths", "texts", "starts")}
+    alone = prepare(replace(batch, **last), [Draws(1, 0)])
+    assert float(model(prepared).total) == pytest.approx(float(model(alone).total), rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,36 @@ def test_an_alarm_rolls_back_to_before_it(train, corpus, monkeypatch, tmp_path: 
     assert "rolled back to" in out
     assert "step-00000002 (1 of at most 3 times); steps 3 to 4 are taken again" in out
     assert [row["step"] for row in rows(tmp_path / "exp", "valid")] == [1, 2, 3, 4, 3, 4, 5]
+
+
+def test_what_an_alarm_would_go_back_to_is_kept(train, corpus, monkeypatch, tmp_path: Path) -> None:
+    """Three bad validations save three checkpoints, of which two are kept: none from before without the fourth."""
+    found = iter([9.0, 9.0, 1.1, 1.1, 1.1, *[9.0] * 5])
+    monkeypatch.setattr(loop, "probe_ranks", lambda model, batch: {"rank_frontend": 9.0, "rank_encoder": next(found)})
+    more = ("health.action=roll_back", "health.records=3", "checkpoint.keep_last=2", "checkpoint.keep_best=0")
+    status, out, error = train("hubert", *EAGER, f"data.valid={corpus.valid}", *more, steps=6)
+    assert status == 0, error
+    assert "step-00000002 (1 of at most 3 times); steps 3 to 5 are taken again" in out
+    assert [row["step"] for row in rows(tmp_path / "exp", "valid")] == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+    left = sorted(path.name for path in (tmp_path / "exp/checkpoints").glob("step-*"))
+    assert left == ["step-00000005", "step-00000006"], "and no longer than it is needed"
+
+
+def test_a_model_that_is_not_finite_has_no_rank() -> None:
+    assert math.isnan(effective_rank(torch.tensor([[1.0, math.nan], [2.0, 3.0]])))
+    assert math.isnan(effective_rank(torch.tensor([[1.0, math.inf], [2.0, 3.0]])))
+
+
+def test_an_alarm_goes_back_to_its_last_good_record() -> None:
+    config, state = HealthConfig(records=2, after_steps=0), TrainState()
+    troubles, until = [], []
+    for step, value in ((500, 9.0), (1000, 9.0), (1500, 1.0), (2000, 1.0)):
+        state.step = step
+        troubles += look(config, "valid", {"rank_encoder": value}, state)
+        state = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
+        until.append(state.sound_until())
+    assert [trouble.since for trouble in troubles] == [1000]
+    assert until == [None, None, 1000, 1000]
 
 
 def test_what_an_alarm_counts_is_in_a_row_and_kept() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
@@ -134,5 +133,6 @@ class Bestrq(Objective):
     def head_flops(self, frames: int) -> float:
         """Count output layers over the expected masked frames, and a third of the targets: they have no backward."""
         own = self.config
-        head = (1 - math.exp(-own.mask_probability)) * own.codebooks * own.codes * self.backbone.dim
+        share = SpanMask(probability=own.mask_probability, length=own.mask_length).expected_share
+        head = share * own.codebooks * own.codes * self.backbone.dim
         return 2.0 * frames * head + self.quantiser.flops(frames) / 3

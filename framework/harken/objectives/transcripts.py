@@ -18,6 +18,7 @@ from harken.config.rules import check_numbers
 from harken.config.schema import RunConfig
 from harken.core.batch import Batch, Note
 from harken.core.draws import Draws
+from harken.core.errors import HarkenError
 from harken.core.files import sha256_file
 from harken.core.frames import FrameSpec
 from harken.data.check import Cuts, Doubt
@@ -156,22 +157,20 @@ class TranscriptPrepare:
     def __call__(self, batch: Batch, draws: Sequence[Draws]) -> Batch:
         """Add `tokens` `(B, U)`, `token_lengths` and `weight` `(B,)`, and in training the masks.
 
-        A transcript that needs more frames than there are gets weight 0 and a note.
+        A transcript that is empty, has characters that the tokenizer lacks or needs more frames than there are gets
+        weight 0 and a note.
         """
-        sequences = [self.tokenizer.encode(text) for text in batch.texts]
+        sequences, reasons = self._encoded(batch)
         frames = self.spec.num_frames(batch.lengths).tolist()
         places = [count * self.places for count in frames]
-        fits = [len(tokens) > 0 and self.needed(tokens) <= have for tokens, have in zip(sequences, places, strict=True)]
-        notes = [
-            Note(
-                "left out",
-                cut,
-                f"the transcript of cut `{cut}` has {len(tokens)} tokens and needs {self.needed(tokens)} frames, "
-                f"the model gives {have}",
-            )
-            for cut, tokens, have, fit in zip(batch.ids, sequences, places, fits, strict=True)
-            if not fit
-        ]
+        for cut, sequence, have in zip(batch.ids, sequences, places, strict=True):
+            if self.needed(sequence) > have:
+                reasons[cut] = (
+                    f"the transcript of cut `{cut}` has {len(sequence)} tokens and needs {self.needed(sequence)} "
+                    f"frames, the model gives {have}"
+                )
+        notes = [Note("left out", cut, reasons[cut]) for cut in batch.ids if cut in reasons]
+        fits = [cut not in reasons for cut in batch.ids]
         tokens = torch.zeros(len(sequences), max(1, *map(len, sequences)), dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
@@ -184,6 +183,20 @@ class TranscriptPrepare:
             targets.update(self._masks(batch, frames, draws))
         count = float(sum(len(sequence) for sequence, fit in zip(sequences, fits, strict=True) if fit))
         return replace(batch, targets={**batch.targets, **targets}, num_targets=count, notes=(*batch.notes, *notes))
+
+    def _encoded(self, batch: Batch) -> tuple[list[list[int]], dict[str, str]]:
+        """Return the tokens of each cut, none of those that cannot be had, and why not by the cuts' ids."""
+        sequences: list[list[int]] = []
+        reasons: dict[str, str] = {}
+        for cut, text in zip(batch.ids, batch.texts, strict=True):
+            try:
+                tokens = self.tokenizer.encode(text)
+            except HarkenError as error:
+                tokens, reasons[cut] = [], f"the transcript of cut `{cut}` cannot be encoded: {error}"
+            if not tokens:
+                reasons.setdefault(cut, f"cut `{cut}` has no transcript")
+            sequences.append(tokens)
+        return sequences, reasons
 
     def _masks(self, batch: Batch, frames: list[int], draws: Sequence[Draws]) -> dict[str, Tensor]:
         """Draw each row's masks; a row of an epoch before `mask_from_epoch` stays whole."""
@@ -281,6 +294,9 @@ class Recogniser(Objective):
     def encode(self, batch: Batch, layers: tuple[int, ...] = ()) -> Encoded:
         """Encode a batch under its masks; layers: which hidden layers to return besides the last."""
         _, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, batch.targets)
+        if self.training and self.config.mask_probability and "mask" not in batch.targets:
+            # ranks may be in different epochs: ZeRO expects a gradient of the same parameters on each
+            x = x + 0.0 * self.backbone.mask_embedding.sum().to(x.dtype)
         return self.backbone.encoder.encode(x, lengths, layers)
 
     def search_input(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ from harken.config.saved import (
     WEIGHTS,
     checkpoint_name,
     checkpoint_names,
+    checkpoint_step,
     checksums,
     damaged,
     save_model,
@@ -61,12 +62,16 @@ CONTENTS = {WEIGHTS, AVERAGE, OPTIMIZER, DETAILS, "config.yaml", "state.json", "
 
 @dataclass(frozen=True)
 class Moment:
-    """Copies of all that a checkpoint holds. state: see TrainState. score: of its validation."""
+    """Copies of all that a checkpoint holds. state: see TrainState. score: of its validation.
+
+    sound_until: `TrainState.sound_until`.
+    """
 
     snapshot: Snapshot
     average: dict[str, Tensor] | None
     state: dict[str, Any]
     score: float | None
+    sound_until: int | None
 
 
 @dataclass
@@ -97,7 +102,8 @@ class Checkpoints:
         snapshot = engine.snapshot()
         if snapshot is not None:
             kept = None if average is None else average.snapshot()
-            self._writer.start(partial(self._write, Moment(snapshot, kept, state.to_dict(), score)))
+            moment = Moment(snapshot, kept, state.to_dict(), score, state.sound_until())
+            self._writer.start(partial(self._write, moment))
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk; every rank calls it.
@@ -130,7 +136,7 @@ class Checkpoints:
             self._write_files(moment, temporary)
             self._put(temporary, name)
             self._rank(name, moment.score)
-            self._prune()
+            self._prune(moment.sound_until)
         except (OSError, SafetensorError, HarkenError) as error:
             with suppress(OSError):  # a full disk has room for the other files of the run again
                 remove(temporary)
@@ -176,9 +182,11 @@ class Checkpoints:
         entries: list[dict[str, Any]] = json.loads(path.read_text())
         return [entry for entry in entries if (self.root / entry["folder"]).is_dir()]
 
-    def _prune(self) -> None:
+    def _prune(self, sound_until: int | None) -> None:
         keep = self.config.checkpoint
         kept = set(self.names()[-keep.keep_last :]) | {entry["folder"] for entry in self._best()[: keep.keep_best]}
+        if sound_until is not None:  # what an alarm that has begun to count would have the run go back to
+            kept |= set([name for name in self.names() if checkpoint_step(name) <= sound_until][-1:])
         for name in self.names():
             if name not in kept:
                 strange = strangers(self.root / name)

@@ -5,6 +5,7 @@ An alarm reads metrics by name, whichever objective reports them, so a new objec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,7 +47,8 @@ ALARMS = (
         metric="codebook_perplexity",
         limit="min_perplexity",
         meaning="nearly all frames have the same code, so predicting it teaches nothing",
-        advice="lower `schedule.peak`, lengthen the warm-up, or raise the weight of the diversity loss",
+        advice="lower `schedule.peak`, lengthen the warm-up, or raise the weight of the diversity loss; codes of a "
+        "random projection do not learn: there, look for silent or constant audio with `harken data verify`",
     ),
     Alarm(
         name="labels degenerate",
@@ -93,7 +95,9 @@ ALARMS = (
 
 @dataclass(frozen=True)
 class Trouble:
-    """An alarm that rings. since: the step of the last record before the first bad one. text: what to tell."""
+    """An alarm that rings. since: the step of the last good record, or the one before the first bad one where there was
+    no good one. text: what to tell.
+    """
 
     alarm: Alarm
     since: int
@@ -116,11 +120,14 @@ def look(config: HealthConfig, kind: str, figures: Mapping[str, float], state: T
         early = not alarm.at_start and state.step <= config.after_steps
         if early or not alarm.wrong(value, config):
             state.bad_records.pop(key, None)
+            if math.isfinite(value):
+                state.good_records[key] = state.step
             continue
         first, count = state.bad_records.get(key, [state.step, 0])
         state.bad_records[key] = [first, count + 1]
         if count + 1 == config.records:
-            troubles.append(Trouble(alarm, first - 1, _tell(config, alarm, kind, value, first, state.step)))
+            since = state.good_records.get(key, first - 1)
+            troubles.append(Trouble(alarm, since, _tell(config, alarm, kind, value, first, state.step)))
     return troubles
 
 

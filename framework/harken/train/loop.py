@@ -203,7 +203,9 @@ def take_step(run: Run, step: Step) -> bool:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         learned = [(done.batch, done.total) for done in passes.done]
-        learned = learned or [(step.idle[0], torch.zeros(()))]  # every rank looks into a batch
+        if not learned:  # every rank looks into a batch; this one's may be too long for its memory
+            fitting = step.idle or ([loader.smallest()] if loader is not None else step.batches)
+            learned = [(fitting[0], torch.zeros(()))]
         run.weights_lost = name_skipped(run.engine, config.seed, state.step, *zip(*learned, strict=True))
     run.meter.add({"skipped_share": (torch.tensor(float(not applied)), torch.ones(()))})
     return applied

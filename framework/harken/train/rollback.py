@@ -51,8 +51,9 @@ def roll_back(
     """Load the newest checkpoint of at most step `newest`, and keep the place in the data; every rank calls it.
 
     newest: the last step before the trouble. trouble: what to tell of it.
-    The steps since that checkpoint are taken again, at their learning rates, with the samples that come next: those
-    seen since the checkpoint are not seen again before the next epoch. `state` is changed in place.
+    The steps since that checkpoint are taken again, at their learning rates (but for Eden's part that falls with the
+    hours of audio, which go on), with the samples that come next: those seen since the checkpoint are not seen again
+    before the next epoch. `state` is changed in place.
     Raises HarkenError, on every rank, after `train.max_rollbacks`, or when no checkpoint is left to go back to.
     """
     progress.note("roll back")
@@ -74,6 +75,7 @@ def roll_back(
     state.step, state.rolled_back_to = saved.step, saved.step
     state.best_score, state.validations_without_best = saved.best_score, saved.validations_without_best
     state.skipped_in_a_row, state.bad_records = 0, {}
+    state.good_records = {key: min(step, saved.step) for key, step in state.good_records.items()}
     state.rollbacks += 1
     if distributed.is_main():
         _set_aside(checkpoints, saved.step)

@@ -18,7 +18,8 @@ class TrainState:
     step is taken. cuts_read: over all ranks and epochs. noted: {kind: {cut id: reason}} of cuts that were replaced or
     left out. best_score: the best finite validation score so far. validations_without_best: since then. fingerprint:
     what the targets are made of. seconds_by_source: audio of each source of a mixture. limits: of batches.
-    bad_records: of the log in a row, by kind and alarm: the step of the first, and how many.
+    bad_records: of the log in a row, by kind and alarm: the step of the first, and how many. good_records: the step of
+    the last one before.
     There is no random state in it: every draw is a function of the seed and the position.
     """
 
@@ -38,6 +39,12 @@ class TrainState:
     fingerprint: dict[str, str] = field(default_factory=dict)
     seconds_by_source: dict[str, float] = field(default_factory=dict)
     bad_records: dict[str, list[int]] = field(default_factory=dict)
+    good_records: dict[str, int] = field(default_factory=dict)
+
+    def sound_until(self) -> int | None:
+        """Return the last step before which no alarm counts bad records; None where none does."""
+        steps = [self.good_records.get(key, first - 1) for key, (first, _) in self.bad_records.items()]
+        return min(steps, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
