@@ -95,20 +95,24 @@ def collect(folder: Path, probed: Path, rows: list[Row]) -> Row:
     config = load_config(folder)
     objective = config.objective.name
     records = read_metrics(folder / "metrics.jsonl").train
-    return {
-        "method": folder.name,
-        "objective": objective,
-        "lines": lines_of(objective),
-        "files": files_of(config),
-        "encoder": config.encoder.name,
-        "steps": records[-1]["step"],
-        "hours_of_audio": records[-1]["hours"],
-        "minutes_of_training": records[-1]["wall"] / 60,
-        "peak_gib": max(record.get("memory_gib", 0.0) for record in records),
-        "probe": json.loads(probed.read_text(encoding="utf-8")),
-        "rows": rows,
-        "commands": results_table.lines_of(folder / "commands"),
-    }
+    probe = json.loads(probed.read_text(encoding="utf-8"))
+    probe |= {name: results_table.relative(probe[name]) for name in ("model", "manifest", "alignment")}
+    return results_table.portable(
+        {
+            "method": folder.name,
+            "objective": objective,
+            "lines": lines_of(objective),
+            "files": files_of(config),
+            "encoder": config.encoder.name,
+            "steps": records[-1]["step"],
+            "hours_of_audio": records[-1]["hours"],
+            "minutes_of_training": records[-1]["wall"] / 60,
+            "peak_gib": max(record.get("memory_gib", 0.0) for record in records),
+            "probe": probe,
+            "rows": [results_table.portable(row) for row in rows],
+            "commands": results_table.lines_of(folder / "commands"),
+        }
+    )
 
 
 def lines_of(objective: str) -> int:

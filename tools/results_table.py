@@ -210,9 +210,7 @@ def publish(compare: Path, results: Path, readmes: list[Path], layout: Layout) -
     for path in sorted(compare.iterdir()):
         if ROW.fullmatch(path.name) and (path / "result.json").is_file():
             row = json.loads((path / "result.json").read_text(encoding="utf-8"))
-            for name in ("commands", "search_commands"):
-                row[name] = [relative(command) for command in row.get(name, ())]
-            write_json_atomic(results / f"{row['minutes']}-{row['start']}-{row['seed']}.json", row)
+            write_json_atomic(results / f"{row['minutes']}-{row['start']}-{row['seed']}.json", portable(row))
     kept: list[Row] = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
     rows = [row for row in kept if row["start"] in layout.starts]
     if not rows:
@@ -308,6 +306,12 @@ def origins(rows: list[Row], results: str) -> str:
     if example:
         lines.append(f"The first: `{relative(example)}`")
     return "\n".join(lines)
+
+
+def portable(row: Row) -> Row:
+    """Return a row whose commands are as they are given at the root of any copy of this repository."""
+    kept = ("commands", "search_commands")
+    return {**row, **{name: [relative(line) for line in row[name]] for name in kept if name in row}}
 
 
 def relative(command: str) -> str:

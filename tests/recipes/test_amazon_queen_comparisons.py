@@ -120,6 +120,7 @@ def test_methods_are_pretrained_probed_and_fine_tuned(copy: Path, python: Path, 
     for method, row in found.items():
         assert (row["objective"], row["encoder"], row["steps"]) == (method, "conformer", 2)
         assert row["lines"] == len((ROOT / f"framework/harken/objectives/{method}.py").read_text().splitlines())
+        assert str(copy) not in json.dumps(row)
         assert row["files"] == {"hubert": [], "data2vec": ["encoders/teacher.py", "objectives/data2vec.py"]}[method]
         assert row["probe"]["layer"] == 3
         assert 1 <= row["probe"]["rank_encoder"] <= 32
