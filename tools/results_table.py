@@ -326,7 +326,7 @@ def insert(readme: Path, text: str, markers: tuple[str, str]) -> None:
     Raises HarkenError when they are not there.
     """
     begin, end = markers
-    content = readme.read_text(encoding="utf-8")
+    content = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if begin not in content or end not in content:
         raise HarkenError(f"{readme} must hold the markers {begin} and {end}")
     head, rest = content.split(begin, 1)
