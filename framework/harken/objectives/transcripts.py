@@ -160,17 +160,19 @@ class TranscriptPrepare:
         A transcript that is empty, has characters that the tokenizer lacks or needs more frames than there are gets
         weight 0 and a note.
         """
-        sequences, reasons = self._encoded(batch)
+        sequences, unfit = self._encoded(batch)
         frames = self.spec.num_frames(batch.lengths).tolist()
         places = [count * self.places for count in frames]
         for cut, sequence, have in zip(batch.ids, sequences, places, strict=True):
-            if self.needed(sequence) > have:
-                reasons[cut] = (
-                    f"the transcript of cut `{cut}` has {len(sequence)} tokens and needs {self.needed(sequence)} "
-                    f"frames, the model gives {have}"
+            if (need := self.needed(sequence)) > have:
+                unfit[cut] = Note(
+                    "left out",
+                    cut,
+                    f"the transcript of cut `{cut}` has {len(sequence)} tokens and needs {need} frames, the "
+                    f"model gives {have}",
                 )
-        notes = [Note("left out", cut, reasons[cut]) for cut in batch.ids if cut in reasons]
-        fits = [cut not in reasons for cut in batch.ids]
+        notes = [unfit[cut] for cut in batch.ids if cut in unfit]
+        fits = [cut not in unfit for cut in batch.ids]
         tokens = torch.zeros(len(sequences), max(1, *map(len, sequences)), dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
@@ -184,19 +186,20 @@ class TranscriptPrepare:
         count = float(sum(len(sequence) for sequence, fit in zip(sequences, fits, strict=True) if fit))
         return replace(batch, targets={**batch.targets, **targets}, num_targets=count, notes=(*batch.notes, *notes))
 
-    def _encoded(self, batch: Batch) -> tuple[list[list[int]], dict[str, str]]:
+    def _encoded(self, batch: Batch) -> tuple[list[list[int]], dict[str, Note]]:
         """Return the tokens of each cut, none of those that cannot be had, and why not by the cuts' ids."""
         sequences: list[list[int]] = []
-        reasons: dict[str, str] = {}
+        unfit: dict[str, Note] = {}
         for cut, text in zip(batch.ids, batch.texts, strict=True):
             try:
                 tokens = self.tokenizer.encode(text)
             except HarkenError as error:
-                tokens, reasons[cut] = [], f"the transcript of cut `{cut}` cannot be encoded: {error}"
+                tokens = []
+                unfit[cut] = Note("left out", cut, f"the transcript of cut `{cut}` cannot be encoded: {error}")
             if not tokens:
-                reasons.setdefault(cut, f"cut `{cut}` has no transcript")
+                unfit.setdefault(cut, Note("left out", cut, f"cut `{cut}` has no transcript"))
             sequences.append(tokens)
-        return sequences, reasons
+        return sequences, unfit
 
     def _masks(self, batch: Batch, frames: list[int], draws: Sequence[Draws]) -> dict[str, Tensor]:
         """Draw each row's masks; a row of an epoch before `mask_from_epoch` stays whole."""
