@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,13 @@ def lines_of(objective: str) -> int:
 
 def files_of(config: RunConfig) -> list[str]:
     """Return the files of the package that a method's parts import, and training HuBERT on the Conformer does not."""
-    known = _imported({"harken.apps.train"} | {_module(*part) for part in DEFAULTS})
     own = {_module(slot, getattr(config, slot).name) for slot, _ in DEFAULTS}
-    return sorted(str(path.relative_to(PACKAGE)) for path in _imported(own) - known)
+    return sorted(str(path.relative_to(PACKAGE)) for path in _imported(own) - _default_files())
+
+
+@cache
+def _default_files() -> set[Path]:
+    return _imported({"harken.apps.train"} | {_module(*part) for part in DEFAULTS})
 
 
 def _module(slot: str, name: str) -> str:

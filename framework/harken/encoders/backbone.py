@@ -39,6 +39,13 @@ class Backbone(nn.Module):
         """Width of a representation."""
         return self.encoder.dim
 
+    def unused_mask(self) -> Tensor:
+        """Return a zero for the loss of a batch that masks nothing by the mask embedding, which gives that a gradient.
+
+        Engines expect one of the same parameters in every batch and on every rank (ZeRO 2 packs them as they come).
+        """
+        return 0.0 * self.mask_embedding.sum()
+
     def embed(
         self, inputs: Tensor, lengths: Tensor, masks: Mapping[str, Tensor], noise: InputNoise | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -148,9 +148,8 @@ class Beats(Objective):
             f"{name}_use": (use * seen, seen),
             f"{name}_perplexity": (perplexity * seen, seen),
         }
-        # masked tokens are left out, so nothing stands for them; engines expect a gradient of it
-        unused = 0.0 * self.backbone.mask_embedding.sum()
-        return Loss(total=encoded.penalised(loss + unused), metrics=metrics)
+        # masked tokens are left out, so nothing stands for them
+        return Loss(total=encoded.penalised(loss + self.backbone.unused_mask()), metrics=metrics)
 
     def _labels(self, batch: Batch, frames: int) -> Tensor:
         """Return the labels `(B * N,)`, int64; those of padding mean nothing."""

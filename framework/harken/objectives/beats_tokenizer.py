@@ -128,9 +128,7 @@ class BeatsTokenizer(Objective):
             "codebook_use": (use * count, count),
             "codebook_perplexity": (perplexity * count, count),
         }
-        # nothing is masked; engines expect a gradient of what stands for masked tokens
-        unused = 0.0 * self.backbone.mask_embedding.sum()
-        return Loss(total=encoded.penalised(total + unused), metrics=metrics)
+        return Loss(total=encoded.penalised(total + self.backbone.unused_mask()), metrics=metrics)
 
     def begin_passes(self) -> None:
         """Forget which tokens the codes were to follow."""

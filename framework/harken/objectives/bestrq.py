@@ -126,9 +126,8 @@ class Bestrq(Objective):
             "codebook_use": (use * frames, frames),
             "codebook_perplexity": (perplexity * frames, frames),
         }
-        # noise masks here, not the backbone's embedding, which fine-tuning uses: engines expect a gradient of it
-        unused = 0.0 * self.backbone.mask_embedding.sum()
-        return Loss(total=encoded.penalised(loss + unused), metrics=metrics)
+        # noise masks here, not the backbone's embedding, which fine-tuning uses
+        return Loss(total=encoded.penalised(loss + self.backbone.unused_mask()), metrics=metrics)
 
     def head_flops(self, frames: int) -> float:
         """Count output layers over the expected masked frames, and a third of the targets: they have no backward."""

@@ -203,9 +203,8 @@ class Data2vec2(Data2vec):
             error = self._utterance_error(encoded.summary.float(), targets, lengths, mask)
             metrics["utterance_loss"] = (error.detach(), metrics["loss"][1])
             total = total + self.config.utterance_weight * error
-        # masked tokens are left out, so nothing stands for them; engines expect a gradient of it
-        unused = 0.0 * self.backbone.mask_embedding.sum()
-        return Loss(total=encoded.penalised(total) + unused, metrics=metrics)
+        # masked tokens are left out, so nothing stands for them
+        return Loss(total=encoded.penalised(total) + self.backbone.unused_mask(), metrics=metrics)
 
     def _utterance_error(self, predicted: Tensor, targets: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
         """Return the error of each clone's prediction `(B * M, D)` times its masked tokens, summed.

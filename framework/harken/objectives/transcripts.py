@@ -298,8 +298,7 @@ class Recogniser(Objective):
         """Encode a batch under its masks; layers: which hidden layers to return besides the last."""
         _, x, lengths = self.backbone.embed(batch.inputs, batch.lengths, batch.targets)
         if self.training and self.config.mask_probability and "mask" not in batch.targets:
-            # ranks may be in different epochs: ZeRO expects a gradient of the same parameters on each
-            x = x + 0.0 * self.backbone.mask_embedding.sum().to(x.dtype)
+            x = x + self.backbone.unused_mask().to(x.dtype)  # another rank may be in an epoch that has masks
         return self.backbone.encoder.encode(x, lengths, layers)
 
     def search_input(self, batch: Batch) -> tuple[Tensor, Tensor]:

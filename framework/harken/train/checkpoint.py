@@ -62,16 +62,12 @@ CONTENTS = {WEIGHTS, AVERAGE, OPTIMIZER, DETAILS, "config.yaml", "state.json", "
 
 @dataclass(frozen=True)
 class Moment:
-    """Copies of all that a checkpoint holds. state: see TrainState. score: of its validation.
-
-    sound_until: `TrainState.sound_until`.
-    """
+    """Copies of all that a checkpoint holds. state: see TrainState. score: of its validation."""
 
     snapshot: Snapshot
     average: dict[str, Tensor] | None
     state: dict[str, Any]
     score: float | None
-    sound_until: int | None
 
 
 @dataclass
@@ -102,8 +98,7 @@ class Checkpoints:
         snapshot = engine.snapshot()
         if snapshot is not None:
             kept = None if average is None else average.snapshot()
-            moment = Moment(snapshot, kept, state.to_dict(), score, state.sound_until())
-            self._writer.start(partial(self._write, moment))
+            self._writer.start(partial(self._write, Moment(snapshot, kept, state.to_dict(), score)))
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk; every rank calls it.
@@ -136,7 +131,7 @@ class Checkpoints:
             self._write_files(moment, temporary)
             self._put(temporary, name)
             self._rank(name, moment.score)
-            self._prune(moment.sound_until)
+            self._prune(TrainState.from_dict(moment.state).sound_until())
         except (OSError, SafetensorError, HarkenError) as error:
             with suppress(OSError):  # a full disk has room for the other files of the run again
                 remove(temporary)

@@ -126,8 +126,8 @@ def look(config: HealthConfig, kind: str, figures: Mapping[str, float], state: T
         first, count = state.bad_records.get(key, [state.step, 0])
         state.bad_records[key] = [first, count + 1]
         if count + 1 == config.records:
-            since = state.good_records.get(key, first - 1)
-            troubles.append(Trouble(alarm, since, _tell(config, alarm, kind, value, first, state.step)))
+            text = _tell(config, alarm, kind, value, first, state.step)
+            troubles.append(Trouble(alarm, state.last_good(key), text))
     return troubles
 
 

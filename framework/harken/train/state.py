@@ -43,8 +43,11 @@ class TrainState:
 
     def sound_until(self) -> int | None:
         """Return the last step before which no alarm counts bad records; None where none does."""
-        steps = [self.good_records.get(key, first - 1) for key, (first, _) in self.bad_records.items()]
-        return min(steps, default=None)
+        return min(map(self.last_good, self.bad_records), default=None)
+
+    def last_good(self, key: str) -> int:
+        """Return the step of the last record before those that an alarm counts, by its key in `bad_records`."""
+        return self.good_records.get(key, self.bad_records[key][0] - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
