@@ -82,6 +82,7 @@ def random_targets(
     mask = np.stack([span.draw(frames, rng) for _ in range(rows)])
     targets = {
         "labels": rng.integers(0, classes, (rows, frames, 1)),
+        "counted": mask.sum(1),
         "mask": mask,
         "masked": np.flatnonzero(mask),
         "unmasked": np.flatnonzero(~mask),
