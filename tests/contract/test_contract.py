@@ -31,6 +31,7 @@ from harken.optim.groups import parameter_groups, set_rates
 
 # of two blocks: in the first one masked tokens are zeros, and so are their queries before the first step
 DECODER = {"decoder_layers": 2, "decoder_dim": 16, "decoder_heads": 2, "decoder_ffn_dim": 16, "decoder_dropout": 0.0}
+DECODER |= {"decoder_position_kernel": 5}
 # The smallest useful settings of each part: a part that is new to the registry needs a line here to be tested.
 TINY: dict[str, dict[str, dict[str, Any]]] = {
     "frontend": {

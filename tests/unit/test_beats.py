@@ -84,9 +84,28 @@ def attend_by_hand(attention, x: torch.Tensor, table: torch.Tensor, far: int) ->
     return torch.cat(outputs, 1) @ attention.out.weight.T + attention.out.bias
 
 
+def places_by_hand(positions, x: torch.Tensor) -> torch.Tensor:
+    """What a convolution of positions adds to the tokens `(N, D)` of one utterance, a token and a tap at a time."""
+    norms = positions.weight_v.norm(dim=(0, 1), keepdim=True)
+    weight = positions.weight_v * positions.weight_g / norms
+    wide, around = weight.shape[1], weight.shape[2] // 2
+    groups = len(weight) // wide
+    sums = positions.bias.repeat(len(x), 1)
+    for token in range(len(x)):
+        for tap in range(weight.shape[2]):
+            seen = token + tap - around
+            if 0 <= seen < len(x):
+                for group in range(groups):
+                    part = slice(group * wide, (group + 1) * wide)
+                    sums[token, part] += weight[part, :, tap] @ x[seen, part]
+    return functional.gelu(sums)
+
+
 def decode_by_hand(decoder, x: torch.Tensor) -> torch.Tensor:
     """The decoder of one utterance `(N, D)`."""
     x = decoder.enter(x)
+    if decoder.positions is not None:
+        x = x + places_by_hand(decoder.positions, x)
     alpha = (2 * len(decoder.blocks)) ** 0.25
     for block in decoder.blocks:
         y = attend_by_hand(block.attention, x, decoder.bias.table, 1280)
@@ -113,8 +132,9 @@ def codes_by_hand(quantiser, audio: torch.Tensor, frames: int, rows: int) -> lis
 
 
 @torch.no_grad()
-def test_the_loss_from_waveform_to_cross_entropy(corpus, batch) -> None:
-    model, prepare = make(corpus)
+@pytest.mark.parametrize("kernel", [0, 7])
+def test_the_loss_from_waveform_to_cross_entropy(corpus, batch, kernel: int) -> None:
+    model, prepare = make(corpus, "objective.decoder_dim=32", f"objective.decoder_position_kernel={kernel}")
     batch = prepared(prepare, batch)
     encoder, rows = model.backbone.encoder, 2
     total, hits, labels = 0.0, 0, []
@@ -231,6 +251,12 @@ def test_what_does_not_fit_is_refused_by_name(corpus) -> None:
     with pytest.raises(HarkenError) as caught:
         make(corpus, "objective.decoder_heads=3")
     assert str(caught.value) == ("`objective.decoder_dim` must be divisible by `objective.decoder_heads`, got 16 and 3")
+    with pytest.raises(HarkenError) as caught:
+        make(corpus, "objective.decoder_dim=24", "objective.decoder_position_kernel=7")
+    assert str(caught.value) == (
+        "`objective.decoder_dim` must be divisible by 16 for the groups of a convolution of positions "
+        "(`objective.decoder_position_kernel`), got 24"
+    )
     with pytest.raises(HarkenError, match=r"`data.labels` must name a unit store for each codebook"):
         make(corpus, "objective.targets=labels")
     with pytest.raises(HarkenError) as caught:

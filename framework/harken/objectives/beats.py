@@ -138,13 +138,16 @@ class Beats(Objective):
         logits = self.decoder(tokens, lengths * self.rows).flatten(0, 1)[masked].float()
         labels = self._labels(batch, x.shape[1])
         loss = functional.cross_entropy(logits, labels[masked], reduction="sum")
-        hits = (logits.detach().argmax(-1) == labels[masked]).sum().float()
+        guesses = logits.detach().argmax(-1)
+        hits = (guesses == labels[masked]).sum().float()
         use, perplexity = codebook_use(labels[real][:, None], self.config.classes)
+        _, guessed = codebook_use(guesses[:, None], self.config.classes)
         count, seen = loss.new_full((), batch.num_targets), loss.new_full((), float(len(real)))
         name = "label" if self.quantiser is None else "codebook"
         metrics = {
             "loss": (loss.detach(), count),
             "accuracy_masked": (hits, count),
+            "prediction_perplexity": (guessed * count, count),
             f"{name}_use": (use * seen, seen),
             f"{name}_perplexity": (perplexity * seen, seen),
         }

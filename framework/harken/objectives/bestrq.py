@@ -117,12 +117,15 @@ class Bestrq(Objective):
         codes = self.quantiser.of_audio(batch.inputs, batch.lengths, x.shape[1]).flatten(0, 1)
         logits = self.head(encoded.last.flatten(0, 1)[masked]).float().unflatten(-1, (own.codebooks, own.codes))
         loss = functional.cross_entropy(logits.flatten(0, 1), codes[masked].flatten(), reduction="sum") / own.codebooks
-        hits = (logits.detach().argmax(-1) == codes[masked]).sum().float()
+        guesses = logits.detach().argmax(-1)
+        hits = (guesses == codes[masked]).sum().float()
         use, perplexity = codebook_use(codes[batch.targets["real"]], own.codes)
+        _, guessed = codebook_use(guesses, own.codes)
         count, frames = loss.new_full((), batch.num_targets), loss.new_full((), float(len(batch.targets["real"])))
         metrics = {
             "loss": (loss.detach(), count),
             "accuracy_masked": (hits, count * own.codebooks),
+            "prediction_perplexity": (guessed * count, count),
             "codebook_use": (use * frames, frames),
             "codebook_perplexity": (perplexity * frames, frames),
         }

@@ -59,6 +59,14 @@ ALARMS = (
         at_start=True,
     ),
     Alarm(
+        name="one prediction",
+        metric="prediction_perplexity",
+        limit="min_perplexity",
+        meaning="the model predicts the same label for nearly every masked frame, whatever it hears around it",
+        advice="train longer where the loss still falls; else lengthen the warm-up or change `schedule.peak`, and of "
+        "BEATs set `objective.decoder_position_kernel`, without which masked tokens begin alike",
+    ),
+    Alarm(
         name="frontend collapsed",
         metric="rank_frontend",
         limit="min_rank",
