@@ -12,6 +12,8 @@ import torch
 
 from harken.config.schema import HealthConfig
 from harken.core.rank import effective_rank
+from harken.objectives.beats import Beats
+from harken.objectives.bestrq import Bestrq
 from harken.objectives.ctc import Ctc
 from harken.objectives.hubert import Hubert
 from harken.train import loop
@@ -19,6 +21,7 @@ from harken.train.health import ALARMS, look
 from harken.train.state import TrainState
 from harken.units.product_quantizer import ProductQuantizer
 
+CODES = ("data.labels=[]", "objective.bands=20")
 EAGER = ("health.after_steps=0", "health.records=2", "log.every_steps=1", "train.valid_every_steps=1")
 
 
@@ -77,6 +80,19 @@ def one_code(monkeypatch) -> None:
     monkeypatch.setattr(ProductQuantizer, "__init__", init)
 
 
+def one_guess(monkeypatch) -> None:
+    for kind, head in ((Hubert, "project"), (Bestrq, "head"), (Beats, "decoder.leave")):
+
+        def init(self, *args, before=kind.__init__, head=head, **more):
+            before(self, *args, **more)
+            last = self.get_submodule(head)
+            with torch.no_grad():
+                last.weight.zero_()
+                last.bias.normal_()
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+
 def blanks(monkeypatch) -> None:
     before = Ctc.__init__
 
@@ -109,6 +125,9 @@ def overflow(monkeypatch) -> None:
         ("codebook collapse", "wav2vec2", one_code, ()),
         ("codebook collapse", "data2vec_aqc", one_code, ()),
         ("codebook collapse", "unispeech_sat", one_code, ()),
+        ("one prediction", "hubert", one_guess, ()),
+        ("one prediction", "hubert", one_guess, (*CODES, "objective.name=bestrq", "objective.codes=24")),
+        ("one prediction", "hubert", one_guess, (*CODES, "objective.name=beats", "objective.decoder_heads=4")),
         ("CTC blank only", "ctc", blanks, ()),
         ("loss scale loop", "hubert", overflow, ("log.every_steps=2",)),
     ],

@@ -18,8 +18,8 @@ DOMINATED = 0.9
 LONGEST_RUN = 0.5
 """Seconds that a unit lasts on average above which it follows speakers or silences, not sounds: a phone lasts 0.05
 to 0.2 s."""
-SHORTEST_RUN = 0.1
-"""Seconds: labels that are further apart, as those of patches are, may well change every time."""
+SHORTEST_RUN = 0.05
+"""Seconds: labels that are as far apart, as those of patches are, may well change every time."""
 ENOUGH = 5
 """Labels a cluster from which on it can be said that clusters do not occur."""
 
