@@ -14,7 +14,7 @@ usage() {
   cat <<'HELP'
 egs/amazon_queen/run.sh: HuBERT on 4.6 hours of acted English, from the corpus to error rates and a report.
 
-Modes: full (the default) takes under an hour on two cores; short, 10 to 15 minutes, shows that everything works.
+Modes: full (the default) takes under an hour on two cores; short, 7 minutes, shows that everything works.
 
 Recipe options:
   --layer N   the block of pretrain1 whose output is clustered into units2 (default: 4, of the 6 of conf/model.yaml)
