@@ -185,7 +185,7 @@ class Hubert(Objective):
         for where, weight in (("masked", self.config.masked_weight), ("unmasked", self.config.unmasked_weight)):
             index = batch.targets[where]
             if where == "masked":
-                metrics["label_perplexity"] = self._perplexity(labels[index], tuple(range(labels.shape[1])))
+                metrics["label_perplexity"] = _perplexity(labels[index], self.config.classes)
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
                 picked = {layer: output[index] for layer, output in outputs.items()}
                 loss = self._predict(picked, labels[index], index % mask.shape[1], where, metrics)
@@ -227,13 +227,6 @@ class Hubert(Objective):
             return encoder.encode(x, lengths, below)
         return encoder.encode_swapped(x, encoder.embed(frames), mask, lengths, self.config.swap_layers, below)
 
-    def _perplexity(self, labels: Tensor, books: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return the perplexity of labels `(N, C)` of codebooks, a mean over these, times N, and N."""
-        sizes = [self.config.classes[book] for book in books]
-        each = [codebook_use(labels[:, i, None].long(), size)[1] for i, size in enumerate(sizes)]
-        count = each[0].new_full((), float(len(labels)))
-        return torch.stack(each).mean() * count, count
-
     def _make_head(self, books: tuple[int, ...]) -> UnitHead:
         own = self.config
         classes = tuple(own.classes[book] for book in books)
@@ -269,7 +262,8 @@ class Hubert(Objective):
             guesses = [z.detach().argmax(-1) for z, _ in predicted]
             right = [(guess == own[:, book]).sum() for guess, (_, book) in zip(guesses, predicted, strict=True)]
             if where == "masked" and layer == self.layers[-1]:
-                metrics["prediction_perplexity"] = self._perplexity(torch.stack(guesses, 1), self.books[layer])
+                own_classes = [self.config.classes[book] for book in self.books[layer]]
+                metrics["prediction_perplexity"] = _perplexity(torch.stack(guesses, 1), own_classes)
             hits[layer] = (torch.stack(right).sum().float(), kept.sum().float(), float(len(predicted)))
         loss = torch.stack(list(losses.values())).sum()
         if self.config.layer_codebooks == "all":
@@ -285,3 +279,10 @@ class Hubert(Objective):
                 metrics[f"loss_layer{layer}"] = (losses[layer].detach(), count)
                 metrics[f"accuracy_masked_layer{layer}"] = (hit, count * books)
         return loss
+
+
+def _perplexity(labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the perplexity of labels `(N, C)` of codebooks of C sizes, a mean over these, times N, and N."""
+    each = [codebook_use(labels[:, i, None].long(), size)[1] for i, size in enumerate(classes)]
+    count = each[0].new_full((), float(len(labels)))
+    return torch.stack(each).mean() * count, count
