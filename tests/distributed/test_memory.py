@@ -37,6 +37,7 @@ def records(corpus, run_python, tmp_path_factory: pytest.TempPathFactory) -> tup
         jobs.append(job(folder, f"faulty-{stage}", settings, FAULTS))
         if stage == 0:
             jobs.append(job(folder, "whole", settings, {"steps": STEPS}))
+        jobs.append(job(folder, f"none-{stage}", settings, {"none": 1, "steps": 2}))
         if stage != 1:
             settings["batch"].update(max_seconds="auto")
             settings["train"].update(ema_decay=0.9)
@@ -95,6 +96,20 @@ def test_all_ranks_go_on_alike(records, stage: int) -> None:
     state = json.loads((folder / f"exp-faulty-{stage}/checkpoints/step-{STEPS:08d}/state.json").read_text())
     assert state["noted"] == first[-1]["noted"]
     assert state["limits"]["now"]["whole"] == 6.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_is_skipped_by_all_when_one_rank_has_learned_nothing_and_anothers_loss_is_not_finite(
+    records, stage: int
+) -> None:
+    folder, output = records
+    ranks = rows(folder, f"none-{stage}")
+    for rank in ranks:
+        assert [row["applied"] for row in rank[1:]] == [False, True]
+        assert rank[0]["weights"] == rank[1]["weights"] != rank[2]["weights"] == ranks[0][2]["weights"]
+    left_out = set(ranks[0][1]["noted"]["did not fit in memory alone, left out"])
+    assert left_out == {cut for batch in ranks[-1][1]["ids"] for cut in batch}, "all cuts of the last rank"
+    assert "the loss made of them is not" in output
 
 
 @pytest.mark.parametrize("stage", [0, 2])

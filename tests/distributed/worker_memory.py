@@ -1,18 +1,21 @@
 """Trains with memory that runs out: an objective that says so, on one rank of several.
 
 usage: worker_memory.py PLAN.json, a list of {"processes": N, "jobs": [[CONFIG, EXP, OUT, FAULTS], ...]}. FAULTS is
-{"forward": STEP, "backward": STEP, "last": STEP, "cut": STEP, "steps": N}: in those steps memory runs out once on the
-last rank (in the forward pass, or when the backward pass of the first or of the last batch is almost through), or
-whenever one of its cuts is in a batch; {"padded": SECONDS} measures the batch size with a last rank that holds no more
-than that. Each rank writes OUT.rankN.json, rank 0 OUT.pt.
+{"forward": STEP, "backward": STEP, "last": STEP, "cut": STEP, "none": STEP, "steps": N}: in those steps memory runs out
+once on the last rank (in the forward pass, or when the backward pass of the first or of the last batch is almost
+through), or whenever one of its cuts is learned from, or any of them, while the first rank's losses are not finite;
+{"padded": SECONDS} measures the batch size with a last rank that holds no more than that. Each rank writes
+OUT.rankN.json, rank 0 OUT.pt.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,15 @@ from harken.train.run import build_run
 
 
 class Faults:
-    """Where memory runs out on this rank: `place` once, in a batch of several cuts; `cut` wherever it is; `padded`."""
+    """Where memory runs out on this rank: `place` once, in a batch of several cuts; `cuts` wherever they are; `padded`.
+
+    factor: of the loss.
+    """
 
     def __init__(self) -> None:
-        self.place = self.cut = ""
+        self.place = ""
+        self.cuts: set[str] = set()
+        self.factor = 1.0
         self.padded = float("inf")
         self.left = 0  # passes of this step
 
@@ -53,9 +61,11 @@ class Faults:
             self.left -= 1
             if len(batch.ids) > 1:
                 self.strike("forward")
-            if self.cut in batch.ids or batch.padded > self.padded * 16000:
+            learning = torch.is_grad_enabled()  # the search for the first wrong number is not hindered
+            if (learning and not self.cuts.isdisjoint(batch.ids)) or batch.padded > self.padded * 16000:
                 raise torch.OutOfMemoryError("injected for a cut, or for a size")
-            return forward(batch)
+            loss = forward(batch)
+            return replace(loss, total=loss.total * self.factor)
 
         first = next(parameter for name, parameter in objective.named_parameters() if "frontend" in name)
         first.register_hook(lambda grad: self.strike("backward" if self.left else "last"))
@@ -90,15 +100,17 @@ def work(path: str, exp: str, out: str, faults: dict[str, Any]) -> None:
         )
         injected.left = len(data.batches) + len(data.idle)
         (name,) = distributed.gather([data.batches[0].ids[0]] if last else [])
-        injected.cut = name if faults.get("cut") == step else ""
+        injected.cuts = {name} if faults.get("cut") == step else set()
+        injected.factor = 1.0
+        if faults.get("none") == step:
+            injected.cuts = {cut for batch in data.batches for cut in batch.ids} if last else set()
+            injected.factor = math.nan if distributed.is_main() else 1.0
         noting(run.engine, gradients)
         spoiled = breaking_off(run.engine)
         applied = take_step(run, data)
         advance(run, data)
         limits = run.loader.planner.limits.now
-        rows.append(
-            {"applied": applied, "weights": digest(run.engine), "norm": run.engine.grad_norm, "cut": injected.cut}
-        )
+        rows.append({"applied": applied, "weights": digest(run.engine), "norm": run.engine.grad_norm, "cut": name})
         rows[-1]["spoiled"] = sum(spoiled)
         rows[-1].update(
             limits=limits.rows, least=limits.least, noted=run.state.noted, ids=[b.ids for b in data.batches]
