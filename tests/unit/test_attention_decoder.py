@@ -100,7 +100,7 @@ def test_an_objective_adds_its_weighted_loss_and_trains_it(corpus, objective: st
         found[name] = model, model(prepare(batch, [Draws(1, 0)] * len(batch.ids)))
     (model, loss), (_, plain) = found["with"], found["without"]
     auxiliary, count = loss.metrics["loss_attention"]
-    assert float(loss.total) == pytest.approx(float(plain.total) + 0.5 * float(auxiliary), rel=1e-5)
+    assert float(loss.total.detach()) == pytest.approx(float(plain.total.detach()) + 0.5 * float(auxiliary), rel=1e-5)
     assert float(count) == sum(len(cut.supervisions[0].text) for cut in cuts)
     assert "loss_attention" not in plain.metrics
     loss.total.backward()
