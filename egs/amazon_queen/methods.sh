@@ -69,7 +69,7 @@ pretrain_method() { # METHOD
   local out="$compared/models/$1" labels configuration made
   configuration=("$recipe/conf/methods/$1.yaml" "data.train=$data/train.jsonl" "data.valid=$data/dev.jsonl"
     engine.threads=1 "train.steps=$steps" "schedule.warmup_steps=$((steps / 10))"
-    "checkpoint.every_steps=$steps" "train.valid_every_steps=$steps")
+    "checkpoint.every_steps=$steps" "train.valid_every_steps=$steps" "health.after_steps=$((steps / 5))")
   if [ -n "$conf" ]; then configuration=("${configuration[0]}" "$conf" "${configuration[@]:1}"); fi
   # whoever has a list of classes predicts units, a store for each of them
   labels="$(harken_config "${configuration[@]}" | awk -v units="$units1" '

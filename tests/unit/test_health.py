@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harken.apps.main import main
 from harken.config.schema import HealthConfig
 from harken.core.rank import effective_rank
 from harken.objectives.beats import Beats
@@ -168,6 +169,30 @@ def test_an_alarm_rolls_back_to_before_it(train, corpus, monkeypatch, tmp_path: 
     assert "rolled back to" in out
     assert "step-00000002 (1 of at most 3 times); steps 3 to 4 are taken again" in out
     assert [row["step"] for row in rows(tmp_path / "exp", "valid")] == [1, 2, 3, 4, 3, 4, 5]
+
+
+def test_the_records_of_a_run_ring_its_alarms_once_more(train, corpus, monkeypatch, tmp_path: Path, capsys) -> None:
+    one_guess(monkeypatch)
+    _, out, _ = train("hubert", *EAGER, f"data.valid={corpus.valid}", "data.workers=0", steps=4)
+    rung = [line.split("WARNING ")[1] for line in out.splitlines() if "WARNING alarm" in line]
+    assert len(rung) == 2, "in training and in validation"
+    exp = str(tmp_path / "exp")
+    assert main(["alarms", exp]) == 1
+    *found, judged = capsys.readouterr().out.splitlines()
+    assert sorted(found) == sorted(rung)
+    assert judged.startswith("4 of 4 train records and 4 of 4 valid records are from after step 0")
+    assert main(["alarms", exp, "health.min_perplexity=1"]) == 0
+    assert capsys.readouterr().out.endswith("no alarm rings\n")
+    assert main(["alarms", exp, "health.after_steps=3"]) == 0
+    assert "1 of 4 train records and 1 of 4 valid records" in capsys.readouterr().out
+
+
+def test_only_a_run_has_records_and_only_limits_can_be_others(train, tmp_path: Path, capsys) -> None:
+    assert main(["alarms", str(tmp_path)]) == 2
+    assert "must be the folder of a training run" in capsys.readouterr().err
+    train("hubert", steps=1)
+    assert main(["alarms", str(tmp_path / "exp"), "train.steps=3"]) == 2
+    assert "takes keys of `health` alone, got `train.steps=3`" in capsys.readouterr().err
 
 
 def test_what_an_alarm_would_go_back_to_is_kept(train, corpus, monkeypatch, tmp_path: Path) -> None:

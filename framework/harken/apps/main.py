@@ -34,6 +34,7 @@ VERBS = {
     "parallel": "run a verb over the nodes of a job, a process each GPU",
     "preflight": "check that the nodes of a job can train together",
     "compare": "tell whether a run follows a reference",
+    "alarms": "tell which alarms a run's records ring, with other limits too",
     "report": "write one HTML page about an experiment",
     "doctor": "versions, devices, what is missing and how to install it",
 }
