@@ -19,6 +19,10 @@ from harken.objectives.saved import build_objective
 # of two blocks: in the first one masked tokens are zeros, and so are their queries before the first step
 DECODER = {"decoder_layers": 2, "decoder_dim": 16, "decoder_heads": 2, "decoder_ffn_dim": 16, "decoder_dropout": 0.0}
 DECODER |= {"decoder_position_kernel": 5}
+# what encoders of self-attention have in common
+BLOCKS = {"dim": 32, "layers": 2, "heads": 4, "position_kernel": 16, "position_groups": 4}
+BLOCKS |= {"dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0}
+TRANSFORMER = {**BLOCKS, "ffn_dim": 64, "layer_drop": 0.0}
 # The smallest useful settings of each part: a part that is new to the registry needs a line here to be tested.
 TINY: dict[str, dict[str, dict[str, Any]]] = {
     "frontend": {
@@ -37,72 +41,12 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
     },
     "encoder": {
         "causal_convolution": {"dim": 32, "kernels": [2, 3]},
-        "conformer": {
-            "dim": 32,
-            "layers": 2,
-            "heads": 4,
-            "ffn_dim": 32,
-            "kernel": 7,
-            "position_kernel": 16,
-            "position_groups": 4,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-            "input_dropout": 0.0,
-        },
-        "e_branchformer": {
-            "dim": 32,
-            "layers": 2,
-            "heads": 4,
-            "ffn_dim": 32,
-            "gate_dim": 48,
-            "kernel": 7,
-            "merge_kernel": 5,
-            "position_kernel": 16,
-            "position_groups": 4,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-            "input_dropout": 0.0,
-        },
-        "multi_resolution": {
-            "dim": 32,
-            "layers": 3,
-            "stages": [1, 1, 1],
-            "heads": 4,
-            "ffn_dim": 64,
-            "position_kernel": 16,
-            "position_groups": 4,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-            "input_dropout": 0.0,
-            "layer_drop": 0.0,
-        },
+        "conformer": {**BLOCKS, "ffn_dim": 32, "kernel": 7},
+        "e_branchformer": {**BLOCKS, "ffn_dim": 32, "gate_dim": 48, "kernel": 7, "merge_kernel": 5},
+        "multi_resolution": {**TRANSFORMER, "layers": 3, "stages": [1, 1, 1]},
         "recurrent": {"dim": 32, "layers": 2},
-        "transformer": {
-            "dim": 32,
-            "layers": 2,
-            "heads": 4,
-            "ffn_dim": 64,
-            "position_kernel": 16,
-            "position_groups": 4,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-            "input_dropout": 0.0,
-            "layer_drop": 0.0,
-        },
-        "wavlm": {
-            "dim": 32,
-            "layers": 2,
-            "heads": 4,
-            "ffn_dim": 64,
-            "position_kernel": 16,
-            "position_groups": 4,
-            "position_buckets": 16,
-            "position_max_distance": 40,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-            "input_dropout": 0.0,
-            "layer_drop": 0.0,
-        },
+        "transformer": TRANSFORMER,
+        "wavlm": {**TRANSFORMER, "position_buckets": 16, "position_max_distance": 40},
         "zipformer": {
             "downsampling": [1, 2, 4],
             "layers": [1, 2, 1],
