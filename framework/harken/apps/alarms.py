@@ -27,11 +27,14 @@ def run(args: argparse.Namespace) -> int:
         raise HarkenError(f"`harken alarms` takes keys of `health` alone, got `{others[0]}`")
     metrics = read_run(args.run)
     config = load([args.run / "config.yaml"], args.overrides).config.health
-    found = replay(metrics, config)
-    for trouble in found.rung:
+    rung = replay(metrics, config)
+    for trouble in rung:
         print(trouble.text)
-    judged = " and ".join(f"{found.judged[kind]} of {total} {kind} records" for kind, total in found.records.items())
+    judged = " and ".join(
+        f"{sum(config.all_judged(record['step']) for record in records)} of {len(records)} {kind} records"
+        for kind, records in metrics.kinds.items()
+    )
     print(f"{judged} are from after step {config.after_steps}, before which only the labels are judged")
-    if not found.rung:
+    if not rung:
         print("no alarm rings")
-    return int(bool(found.rung))
+    return int(bool(rung))

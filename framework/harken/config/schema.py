@@ -346,6 +346,10 @@ class HealthConfig:
             shares=("max_skipped_share", "max_blank_share"),
         )
 
+    def all_judged(self, step: int) -> bool:
+        """Whether every alarm judges a record of a step, not that of the labels alone."""
+        return step > self.after_steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:

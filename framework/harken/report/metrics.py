@@ -36,6 +36,11 @@ class Metrics:
     unreadable: int = 0
 
     @property
+    def kinds(self) -> dict[str, list[Record]]:
+        """The records by their kind, as each says it: `train`, `valid`."""
+        return {"train": self.train, "valid": self.valid}
+
+    @property
     def first_time(self) -> float:
         """When the run first logged, in seconds since 1970; 0 when it never did."""
         return min((float(record.get("time", 0)) for record in [*self.train, *self.valid]), default=0.0)
@@ -55,7 +60,7 @@ class Metrics:
 
     def curve(self, kind: str, name: str) -> Curve:
         """Return a figure's curve; `kind` is `train` or `valid`. It is empty when no record has the figure."""
-        records = [record for record in (self.train if kind == "train" else self.valid) if name in record]
+        records = [record for record in self.kinds[kind] if name in record]
         steps = np.array([record["step"] for record in records], dtype=np.float64)
         return Curve(self.hours_at(steps), np.array([record[name] for record in records], dtype=np.float64))
 

@@ -125,7 +125,7 @@ def look(config: HealthConfig, kind: str, figures: Mapping[str, float], state: T
             continue
         key = f"{kind}: {alarm.name}"
         value = figures[alarm.metric]
-        early = not alarm.at_start and state.step <= config.after_steps
+        early = not alarm.at_start and not config.all_judged(state.step)
         if early or not alarm.wrong(value, config):
             state.bad_records.pop(key, None)
             if math.isfinite(value):
